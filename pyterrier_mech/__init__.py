@@ -9,11 +9,43 @@ from pyterrier_mech.attribute import AttributeHeads, AttributeNeurons, Attribute
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, Units
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
+from pyterrier_mech.prune import (
+    L0,
+    SMA,
+    Conductance,
+    Distillation,
+    FineTuning,
+    Fisher,
+    Magnitude,
+    Movement,
+    Patching,
+    Plan,
+    PrunedReranker,
+    Random,
+    Rescaling,
+    Taylor,
+    efficiency,
+)
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
 from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
 
 __version__ = '0.1.0'
 __all__ = [
+    'efficiency',
+    'Taylor',
+    'Rescaling',
+    'Random',
+    'PrunedReranker',
+    'Plan',
+    'Patching',
+    'Movement',
+    'Magnitude',
+    'Fisher',
+    'FineTuning',
+    'Distillation',
+    'Conductance',
+    'SMA',
+    'L0',
     'LNC1',
     'TDC',
     'TFC1',

@@ -9,6 +9,9 @@ import pandas as pd
 # Key in the attrs of a frame under which a patching stage says how its effects were made.
 PATCHING = 'pyterrier_mech.patching'
 
+# Key under which a fitted stage lists the qids that its fit has seen. A list of strings: Parquet keeps attrs as JSON.
+FITTED_ON = 'pyterrier_mech.fitted_on'
+
 _HEAD = re.compile(r'L(0|[1-9][0-9]*)H(0|[1-9][0-9]*)')
 
 

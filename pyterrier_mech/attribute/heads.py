@@ -231,7 +231,8 @@ class AttributeHeads(Attribution):
         errors = np.zeros(len(inp), dtype=float_type(self.model))
 
         def reduce(line: Line, layers: Tensors) -> np.ndarray:
-            return as_numpy(torch.stack(self._by_head([layer[None] for layer in layers], heads))[:, 0])
+            values = self._by_head([layer[None] for layer in layers], heads)
+            return as_numpy(torch.stack(values)[:, 0]) if values else np.zeros(0)  # a pruned model may have no heads
 
         for result in integrate(
             self.model,

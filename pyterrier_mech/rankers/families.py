@@ -118,6 +118,11 @@ def family_of(model_type: str) -> Family:
     return _FAMILIES[model_type]
 
 
+def known_types(fits: Callable[[Family], bool]) -> list[str]:
+    """Returns the `config.model_type` values whose description fits."""
+    return sorted(name for name, family in _FAMILIES.items() if fits(family))
+
+
 register_family(Family(('bert',), classify=_classify_bert, **_BERT_NAMES))  # type: ignore[arg-type]
 register_family(Family(('electra',), classify=_classify_head, **_BERT_NAMES))  # type: ignore[arg-type]
 register_family(

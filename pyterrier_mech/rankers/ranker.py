@@ -19,7 +19,15 @@ from pyterrier_mech._frames import require, strings
 from pyterrier_mech.rankers.batching import Budget, default_budget
 from pyterrier_mech.rankers.encoder import Encoder, evaluating, first_position
 from pyterrier_mech.rankers.encoding import InputMaker, Ragged
-from pyterrier_mech.rankers.loading import device_of, dtype_of, load_config, load_json, load_module, load_tokenizer
+from pyterrier_mech.rankers.loading import (
+    device_of,
+    dtype_of,
+    kept_counts,
+    load_config,
+    load_json,
+    load_module,
+    load_tokenizer,
+)
 
 # Settings that change how fast or where, not what comes out.
 _NEUTRAL = ('batch_tokens', 'device', 'verbose')
@@ -112,7 +120,9 @@ class Ranker(pt.Transformer):
     def head_counts(self) -> list[int]:
         """Number of heads of every layer; read off the configuration while no weights are loaded."""
         if self._loaded is None and isinstance(self.model, str):
-            config = load_config(self.model)
+            config, kept = load_config(self.model), kept_counts(self.model)
+            if kept is not None:
+                return kept[0]
             return [config.num_attention_heads] * config.num_hidden_layers
         return [layer.n_heads for layer in self.encoder.layers]
 
@@ -148,7 +158,8 @@ class Ranker(pt.Transformer):
             module = load_module(self.model, classifier=self.classifier, dtype=dtype_of(self.dtype), device=device)
         else:
             module, device = self.model, next(self.model.parameters()).device
-            if self.device is not None or self.dtype is not None:
+            # TF32 is a way to compute, not a type that the module would have to be converted to.
+            if self.device is not None or self.dtype not in (None, 'tf32'):
                 raise ValueError(
                     f'device={self.device!r} and dtype={self.dtype!r} are for models loaded by name; '
                     'a loaded module is used as it is: move or convert it before'

@@ -6,13 +6,15 @@ import json
 import math
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import pyterrier as pt
 
-_META = 'pt_meta.json'
+META = 'pt_meta.json'
 
 Tables = dict[str, pd.DataFrame]
 _Self = TypeVar('_Self', bound='SavedResult')
@@ -64,29 +66,10 @@ class SavedResult(pt.Artifact):
             FileExistsError: If `path` exists and may not be replaced.
         """
         path = Path(path)
-        if path.exists():
-            if not overwrite:
-                raise FileExistsError(f'{str(path)!r} already exists; pass overwrite=True to replace it.')
-            if not self._is_ours(_read_meta(path)):
-                raise FileExistsError(
-                    f'{str(path)!r} holds no saved {type(self).__name__}, so it stays. Choose another path.'
-                )
-        new, old = (path.with_name(f'.{path.name}.{uuid.uuid4().hex}.{end}') for end in ('new', 'old'))
-        new.mkdir(parents=True)
-        try:
+        with appearing(path, overwrite=overwrite, ours=self._is_ours, what=type(self).__name__) as new:
             for name in self.TABLES:
                 self._tables[name].to_parquet(new / f'{name}.parquet', index=False)
-            (new / _META).write_text(json.dumps(self._meta(), indent=2) + '\n', encoding='utf-8')
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            (new / META).write_text(json.dumps(self._meta(), indent=2) + '\n', encoding='utf-8')
         self.path = path
         return self
 
@@ -118,7 +101,7 @@ class SavedResult(pt.Artifact):
         name = type(self).__name__
         if not path.exists():
             raise FileNotFoundError(f'There is no {str(path)!r}. Make it with {self.MADE_BY}.save(path).')
-        meta = _read_meta(path)
+        meta = read_meta(path)
         if not self._is_ours(meta):
             raise ValueError(
                 f'{str(path)!r} holds no saved {name} (type={meta.get("type")!r}, format={meta.get("format")!r}). '
@@ -130,6 +113,41 @@ class SavedResult(pt.Artifact):
         return tables, summary
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    meta = path / _META
+@contextmanager
+def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], bool], what: str) -> Iterator[Path]:
+    """Gives a new folder to fill in the block, which appears at `path` when the block ends, or not at all.
+
+    Args:
+        path: Where it shall be.
+        overwrite: Whether a folder of the same kind may be replaced.
+        ours: Tells from the metadata of a folder whether it is of that kind.
+        what: The kind, as errors call it.
+
+    Raises:
+        FileExistsError: If `path` exists and may not be replaced.
+    """
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(f'{str(path)!r} already exists; pass overwrite=True to replace it.')
+        if not ours(read_meta(path)):
+            raise FileExistsError(f'{str(path)!r} holds no saved {what}, so it stays. Choose another path.')
+    new, old = (path.with_name(f'.{path.name}.{uuid.uuid4().hex}.{end}') for end in ('new', 'old'))
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Returns the metadata of a saved folder; empty where there is none."""
+    meta = path / META
     return json.loads(meta.read_text(encoding='utf-8')) if meta.is_file() else {}

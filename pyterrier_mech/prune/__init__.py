@@ -1,0 +1,48 @@
+"""From a ranker to a smaller and faster one: criteria score units, plans choose, surgery removes, recovery repairs."""
+
+from pyterrier_mech.prune.criteria import (
+    L0,
+    SMA,
+    Conductance,
+    Criterion,
+    Fisher,
+    Magnitude,
+    Movement,
+    Patching,
+    Random,
+    Taylor,
+)
+from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune.distillation import Distillation, FineTuning
+from pyterrier_mech.prune.efficiency import efficiency
+from pyterrier_mech.prune.latency import latency_costs
+from pyterrier_mech.prune.plan import Plan, make_plan
+from pyterrier_mech.prune.reranker import PrunedReranker
+from pyterrier_mech.prune.rescaling import Rescaling
+from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.prune.surgery import prune_units, remove_units
+
+__all__ = [
+    'L0',
+    'SMA',
+    'Conductance',
+    'Criterion',
+    'Distillation',
+    'FineTuning',
+    'Fisher',
+    'FitData',
+    'Magnitude',
+    'Movement',
+    'Patching',
+    'Plan',
+    'PrunedReranker',
+    'Random',
+    'Rescaling',
+    'Taylor',
+    'UnitScores',
+    'efficiency',
+    'latency_costs',
+    'make_plan',
+    'prune_units',
+    'remove_units',
+]

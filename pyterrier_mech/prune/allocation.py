@@ -1,0 +1,149 @@
+"""How a budget is spread: which blocks of units come first.
+
+A layer's heads, and its neurons, are ordered by score and cut into blocks as wide as the hardware likes. Blocks of a
+layer are only ever taken from the best one on; an allocation says in which order those of different layers come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyterrier_mech.patch.units import Units
+from pyterrier_mech.prune.costs import Costs
+from pyterrier_mech.prune.scores import KINDS, UnitScores
+
+# How far an adaptive allocation may go from the uniform one: a layer keeps at most twice, at least half of its share.
+_FACTOR = 2.0
+
+
+@dataclass
+class Stack:
+    """The units of one kind in one layer, best first, cut into blocks.
+
+    Attributes:
+        kind: 'heads' or 'neurons'.
+        layer: Its number.
+        order: Units, those that must stay first, then by falling score.
+        edges: Widths at which it may be cut, from 0 to all.
+        required: How many of the widths are taken before anything else.
+        values: Sum of the scores of each block.
+        costs: Cost of each block.
+    """
+
+    kind: str
+    layer: int
+    order: np.ndarray
+    edges: np.ndarray
+    required: int
+    values: np.ndarray
+    costs: np.ndarray
+
+
+def stacks(scores: UnitScores, costs: Costs, protected: Units, multiples: dict[str, int]) -> list[Stack]:
+    """Returns the stacks of all layers, heads and neurons in turn."""
+    made = []
+    for layer in range(len(scores.heads)):
+        for kind in KINDS:
+            values = np.asarray(getattr(scores, kind)[layer], dtype=float)
+            kept = [unit for at, unit in getattr(protected, kind) if at == layer]
+            must = np.isin(np.arange(len(values)), kept)
+            order = np.lexsort((np.arange(len(values)), -values, ~must))
+            edges = np.unique(np.append(np.arange(0, len(values), multiples[kind]), len(values)))
+            sums = np.concatenate([[0.0], np.cumsum(values[order])])
+            cumulated = np.asarray(getattr(costs, kind)[layer], dtype=float)
+            required = int(np.searchsorted(edges, len(kept)))
+            made.append(Stack(kind, layer, order, edges, required, np.diff(sums[edges]), np.diff(cumulated[edges])))
+    return made
+
+
+def fill(made: Sequence[Stack], priorities: Sequence[np.ndarray], budget: float) -> tuple[list[int], float]:
+    """Takes blocks in the order of their priority while the budget lasts.
+
+    Args:
+        made: The stacks.
+        priorities: For each stack, a number a block; higher is taken earlier.
+        budget: What the blocks may cost together.
+
+    Returns:
+        The number of blocks taken of each stack, and their cost. What must stay is taken whatever it costs.
+    """
+    taken = [stack.required for stack in made]
+    spent = sum(float(stack.costs[: stack.required].sum()) for stack in made)
+    # A block that stands behind a worse one of its stack cannot come before it.
+    queue = [
+        (-priority, place, block)
+        for place, values in enumerate(priorities)
+        for block, priority in enumerate(np.minimum.accumulate(values))
+    ]
+    closed: set[int] = set()
+    for _, place, block in sorted(queue):
+        if block < taken[place] or place in closed:
+            continue
+        cost = float(made[place].costs[block])
+        if spent + cost > budget:
+            closed.add(place)
+            continue
+        spent += cost
+        taken[place] += 1
+    return taken, spent
+
+
+def uniform(made: Sequence[Stack], joint: bool) -> list[np.ndarray]:
+    """Every layer keeps the same share of its heads and of its neurons."""
+    return [-_depths(stack) for stack in made]
+
+
+def adaptive(made: Sequence[Stack], joint: bool) -> list[np.ndarray]:
+    """A layer keeps a share that grows with the mean score of its units, between half and twice the uniform one."""
+    mean = {kind: np.mean([_mean(stack) for stack in made if stack.kind == kind]) for kind in KINDS}
+    priorities = []
+    for stack in made:
+        relative = np.sqrt(max(_mean(stack), 0.0) / mean[stack.kind]) if mean[stack.kind] > 0 else 1.0
+        priorities.append(-_depths(stack) / np.clip(relative, 1 / _FACTOR, _FACTOR))
+    return priorities
+
+
+def unrestricted(made: Sequence[Stack], joint: bool) -> list[np.ndarray]:
+    """The blocks with the highest score for their cost, of any layer; whole sublayers may go.
+
+    Where heads and neurons are not measured in the same unit they are compared among themselves, and both give up the
+    same share of their cost.
+    """
+    worth = [stack.values / np.maximum(stack.costs, 1e-300) for stack in made]
+    if joint:
+        return worth
+    worth = [np.minimum.accumulate(values) for values in worth]
+    priorities = [np.zeros(len(values)) for values in worth]
+    for kind in KINDS:
+        blocks = [
+            (-worth[place][block], place, block)
+            for place, stack in enumerate(made)
+            if stack.kind == kind
+            for block in range(len(stack.costs))
+        ]
+        whole = sum(float(stack.costs.sum()) for stack in made if stack.kind == kind) or 1.0
+        before = 0.0
+        for _, place, block in sorted(blocks):
+            priorities[place][block] = -before / whole
+            before += float(made[place].costs[block])
+    return priorities
+
+
+ALLOCATIONS: dict[str, Callable[[Sequence[Stack], bool], list[np.ndarray]]] = {
+    'uniform': uniform,
+    'adaptive': adaptive,
+    'global': unrestricted,
+}
+
+
+def _depths(stack: Stack) -> np.ndarray:
+    """Returns, for each block, the middle of the shares that are kept with and without it."""
+    whole = max(1, stack.edges[-1])
+    return (stack.edges[1:] + stack.edges[:-1]) / (2 * whole)
+
+
+def _mean(stack: Stack) -> float:
+    return float(stack.values.sum() / max(1, stack.edges[-1]))

@@ -1,0 +1,23 @@
+"""All criteria: rules that say how much every head and neuron of a ranker is worth keeping."""
+
+from pyterrier_mech.prune.basic import Magnitude, Random
+from pyterrier_mech.prune.causal import Conductance, Patching
+from pyterrier_mech.prune.gradient import Fisher, Taylor
+from pyterrier_mech.prune.protocol import Criterion, check_needs, sample
+from pyterrier_mech.prune.sma import SMA
+from pyterrier_mech.prune.trained import L0, Movement
+
+__all__ = [
+    'L0',
+    'SMA',
+    'Conductance',
+    'Criterion',
+    'Fisher',
+    'Magnitude',
+    'Movement',
+    'Patching',
+    'Random',
+    'Taylor',
+    'check_needs',
+    'sample',
+]

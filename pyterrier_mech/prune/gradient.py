@@ -1,0 +1,141 @@
+"""Criteria from gradients: how the score answers to the removal of a unit, to first and to second order.
+
+Both read g[i, u] = Σ_t z·∂s_i/∂z, the derivative of the score of pair i by a factor on unit u: see `unit_gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune.gates import unit_gradients
+from pyterrier_mech.prune.protocol import check_needs, sample, take
+from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.rankers.ranker import Ranker
+
+LOSSES = ('score', 'labels')
+# One forward and one backward run, which counts two.
+PASSES = 3.0
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """What the criteria from gradients share."""
+
+    loss: str = 'score'
+    min_rel: int = 1
+    max_pairs: int | None = None
+    seed: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the data must have: texts, and judgements where the loss is of labels."""
+        return frozenset({'text', 'qrels'} if self.loss == 'labels' else {'text'})
+
+    def _means(
+        self, model: Ranker, data: FitData, power: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, int]]:
+        """Returns the means over pairs of `power` of w·g, for heads and neurons, and how many pairs there were."""
+        if self.loss not in LOSSES:
+            raise ValueError(f'loss={self.loss!r} is none of {LOSSES}')
+        check_needs(self, data)
+        notes = {}
+        if self.loss == 'labels':
+            judged = np.flatnonzero(data.labels().notna().to_numpy())
+            notes['unjudged'] = len(data.frame) - len(judged)
+            data = take(data, judged)
+        data = sample(data, self.max_pairs, self.seed)
+        notes['pairs'] = len(data.frame)
+        relevant = (data.labels() >= self.min_rel).to_numpy() if self.loss == 'labels' else None
+        sums = {'heads': [0.0] * model.n_layers, 'neurons': [0.0] * model.n_layers}
+        for batch in unit_gradients(model, data):
+            weights = np.ones(len(batch.rows))
+            if relevant is not None:
+                weights = _sigmoid(batch.scores) - relevant[batch.rows]
+            for kind, totals in sums.items():
+                for layer, g in enumerate(getattr(batch, kind)):
+                    totals[layer] = totals[layer] + power(weights[:, None] * g).sum(0)
+        heads, neurons = [[np.asarray(total) / len(data.frame) for total in totals] for totals in sums.values()]
+        return heads, neurons, notes
+
+
+@dataclass(frozen=True)
+class Taylor(_Gradient):
+    """How far the score moves when a unit is removed, to first order: the mean of |w·g| over the pairs.
+
+    With `loss='score'` it is the score itself (w = 1), and no labels are needed. With `loss='labels'` it is the binary
+    cross-entropy of the logit against whether the pair is relevant: w = σ(s) − y; pairs that are not judged are left
+    out.
+
+    Args:
+        loss: 'score' or 'labels'.
+        min_rel: The lowest label that is relevant.
+        max_pairs: How many pairs are looked at, drawn evenly from the queries; by default all.
+        seed: Of that draw.
+        normalize: Whether the scores of every layer, heads and neurons apart, are divided by their L2 norm. Heads and
+            neurons are then no longer joint, and every layer counts the same.
+
+    Source: Michel, Levy, Neubig, NeurIPS 2019, arXiv 1905.10650; Molchanov et al., ICLR 2017, arXiv 1611.06440.
+    """
+
+    normalize: bool = False
+
+    def scores(self, model: Ranker, data: FitData) -> UnitScores:
+        """Scores every unit of a ranker, in units of the score (or of the loss).
+
+        Raises:
+            ValueError: If a setting is not known, the data lacks what is needed, or a gradient is not finite.
+        """
+        heads, neurons, notes = self._means(model, data, np.abs)
+        if self.normalize:
+            heads, neurons = [_unit_norm(layer) for layer in heads], [_unit_norm(layer) for layer in neurons]
+        return UnitScores(
+            heads,
+            neurons,
+            joint=not self.normalize,
+            passes=PASSES * notes['pairs'] / len(data.frame),
+            notes=dict(notes),
+        ).check(model)
+
+
+@dataclass(frozen=True)
+class Fisher(_Gradient):
+    """The curvature of the loss along a unit's gate: the mean of (w·g)² over the pairs.
+
+    With `loss='score'` (w = 1) it is the Gauss–Newton curvature of the squared distance to the scores of the unpruned
+    ranker, which needs no labels: to second order, half of it is what the removal of the unit alone adds to half the
+    mean squared error. With `loss='labels'`, w = σ(s) − y, as `Taylor`: the diagonal of the empirical Fisher
+    information.
+
+    Args:
+        loss: 'score' or 'labels'.
+        min_rel: The lowest label that is relevant.
+        max_pairs: How many pairs are looked at, drawn evenly from the queries; by default all.
+        seed: Of that draw.
+
+    Source: Kwon et al., NeurIPS 2022, arXiv 2204.09656.
+    """
+
+    def scores(self, model: Ranker, data: FitData) -> UnitScores:
+        """Scores every unit of a ranker, in squared units of the score (or of the loss).
+
+        Raises:
+            ValueError: If a setting is not known, the data lacks what is needed, or a gradient is not finite.
+        """
+        heads, neurons, notes = self._means(model, data, np.square)
+        return UnitScores(
+            heads, neurons, joint=True, passes=PASSES * notes['pairs'] / len(data.frame), notes=dict(notes)
+        ).check(model)
+
+
+def _sigmoid(scores: np.ndarray) -> np.ndarray:
+    # By tanh, which does not overflow.
+    return 0.5 * (1 + np.tanh(scores.astype(np.float64) / 2))
+
+
+def _unit_norm(values: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(values)
+    return values / norm if norm else values

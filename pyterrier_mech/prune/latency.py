@@ -1,0 +1,163 @@
+"""What heads and neurons cost in time, measured on the user's device with the ranker's own scoring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import torch
+
+from pyterrier_mech.prune.costs import Costs
+from pyterrier_mech.prune.surgery import prune_units
+from pyterrier_mech.rankers.ranker import Ranker
+
+# Shares of all heads or neurons at which time is measured; between them it is interpolated.
+_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+def latency_costs(
+    model: Ranker, frame: pd.DataFrame, *, repeats: int = 7, cache: bool = True, text_field: str | None = None
+) -> Costs:
+    """Measures the time of attention and feed-forward blocks of several widths, as shares of the whole ranker's time.
+
+    Copies of the ranker with some share of the heads in every layer and no neurons, and the other way round, score
+    the same rows in turns, so that a slow moment of the machine hits all; times are medians over the turns relative
+    to the whole ranker in the same turn. What is left without any heads and neurons (tokenisation, embeddings, norms)
+    is fixed.
+
+    Args:
+        model: The ranker.
+        frame: Rows with query and text, as long as those that will be scored; two batches of them are used.
+        repeats: Turns.
+        cache: Whether to keep the table in PyTerrier's folder, and take it from there when the same shapes are asked
+            for on the same device.
+        text_field: Column of the text; by default as the model has it.
+
+    Raises:
+        ValueError: If the frame is empty or the model's family cannot be cut.
+    """
+    text = text_field or model.text_field
+    if not len(frame):
+        raise ValueError('latency_costs needs rows to time: give a frame with query and text')
+    rows = frame[['query', text]].astype(str).sort_values(['query', text])
+    lengths = (
+        model.tokenize('text', rows[text].tolist()).lengths + model.tokenize('query', rows['query'].tolist()).lengths
+    )
+    count = max(1, int(2 * model.loaded.budget.tokens / max(1.0, float(lengths.mean()))))
+    rows = rows.sample(min(count, len(rows)), random_state=0)
+    path = _path(model, int(np.mean(lengths)), len(rows), repeats)
+    if cache and path.exists():
+        shares = json.loads(path.read_text(encoding='utf-8'))
+    else:
+        shares = _measure(model, rows['query'].tolist(), rows[text].tolist(), repeats)
+        if cache:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_suffix(f'.{os.getpid()}.new')
+            new.write_text(json.dumps(shares), encoding='utf-8')
+            os.replace(new, path)
+    return _costs(model, shares)
+
+
+def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> dict[str, list[float]]:
+    """Returns shares of the whole time: of each kind on the grid and in the last layer alone, and what is fixed."""
+    variants = {'whole': model}
+    for kind in ('heads', 'neurons'):
+        for step, share in enumerate(_GRID[1:], 1):
+            variants[f'{kind} {step}'] = _variant(model, kind, share, _inner(model))
+        variants[f'{kind} last'] = _variant(model, kind, 1.0, [model.n_layers - 1])
+    variants['nothing'] = _variant(model, 'heads', 0.0, [])
+    times = _in_turns({name: lambda v=v: v.score(queries, texts) for name, v in variants.items()}, repeats)  # type: ignore[misc]
+    relative = {name: float(np.median(np.asarray(t) / times['whole'])) for name, t in times.items()}
+    fixed = min(relative['nothing'], 1.0)
+    shares = {'fixed': [fixed]}
+    for kind in ('heads', 'neurons'):
+        grid = [0.0] + [relative[f'{kind} {step}'] - fixed for step in range(1, len(_GRID))]
+        shares[kind] = np.maximum.accumulate(np.maximum(grid, 0.0)).tolist()
+        shares[f'{kind} last'] = [max(relative[f'{kind} last'] - fixed, 0.0)]
+    return shares
+
+
+def _costs(model: Ranker, shares: dict[str, list[float]]) -> Costs:
+    inner = _inner(model)
+    counts = {
+        'heads': model.head_counts,
+        'neurons': [model.n_neurons(layer) for layer in range(model.n_layers)],
+    }
+    tables: dict[str, list[np.ndarray]] = {}
+    for kind, widths in counts.items():
+        total = sum(widths[layer] for layer in inner) or 1
+        tables[kind] = []
+        for layer, width in enumerate(widths):
+            at = np.arange(width + 1) / max(1, width)
+            if layer in inner:
+                tables[kind].append(np.interp(at, _GRID, shares[kind]) * width / total)
+            else:
+                tables[kind].append(at * shares[f'{kind} last'][0])
+    fixed = shares['fixed'][0]
+    parts = sum(float(table[-1]) for layers in tables.values() for table in layers)
+    # Times of parts do not add up to the whole exactly.
+    scale = (1 - fixed) / parts if parts else 0.0
+    heads, neurons = ([scale * table for table in tables[kind]] for kind in ('heads', 'neurons'))
+    return Costs(heads, neurons, fixed, 'time of scoring')
+
+
+def _inner(model: Ranker) -> Sequence[int]:
+    """Returns the layers that work for all tokens."""
+    first_only = model.pooling_ == 'cls' and model.encoder.family.described and model.n_layers > 1
+    return range(model.n_layers - 1 if first_only else model.n_layers)
+
+
+def _variant(model: Ranker, kind: str, share: float, layers: Sequence[int]) -> Ranker:
+    """Returns a copy with a share of the heads, or of the neurons, in some layers and nothing elsewhere."""
+    kept: dict[str, list[list[int]]] = {'heads': [], 'neurons': []}
+    for layer in range(model.n_layers):
+        for name, width in (('heads', model.n_heads(layer)), ('neurons', model.n_neurons(layer))):
+            there = name == kind and layer in layers
+            kept[name].append(list(range(round(share * width))) if there else [])
+    return prune_units(model, kept['heads'], kept['neurons'])
+
+
+def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
+    """Returns the seconds of each job, turn by turn."""
+    for job in jobs.values():
+        job()
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            times[name].append(time.perf_counter() - start)
+    return {name: np.asarray(values) for name, values in times.items()}
+
+
+def _path(model: Ranker, tokens: int, rows: int, repeats: int) -> Path:
+    """Returns the file of the table for these shapes on this device."""
+    encoder = model.encoder
+    device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == 'cuda' else platform.processor()
+    key = (
+        device,
+        platform.node(),
+        torch.get_num_threads(),
+        torch.__version__,
+        str(next(encoder.module.parameters()).dtype),
+        encoder.base.config.model_type,
+        model.head_counts,
+        [(layer.n_neurons, layer.head_dim, layer.mlp_out.out_features) for layer in encoder.layers],
+        model.pooling_,
+        model.dtype,
+        model.loaded.budget.tokens,
+        tokens // 8,
+        rows,
+        repeats,
+        _GRID,
+    )
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return Path(pt.io.pyterrier_home()) / 'pyterrier_mech' / 'latency' / f'{name}.json'

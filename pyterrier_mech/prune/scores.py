@@ -1,0 +1,63 @@
+"""What a criterion says: one number for every head and every neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyterrier_mech._columns import head_name
+from pyterrier_mech.patch.units import neuron_name
+from pyterrier_mech.rankers.ranker import Ranker
+
+KINDS = ('heads', 'neurons')
+
+
+@dataclass(frozen=True, eq=False)
+class UnitScores:
+    """How much every unit of a ranker is worth keeping; higher is kept.
+
+    Attributes:
+        heads: For each layer, an array [heads].
+        neurons: For each layer, an array [neurons].
+        joint: Whether heads and neurons are measured in the same unit, so that one may be weighed against the other.
+        passes: How often the data went through the model, in forward runs of all its rows; a backward run counts two.
+    """
+
+    heads: Sequence[np.ndarray]
+    neurons: Sequence[np.ndarray]
+    joint: bool = False
+    passes: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, model: Ranker) -> UnitScores:
+        """Returns these scores if they are finite and are for the units of a ranker.
+
+        Raises:
+            ValueError: If not; the message names the layer.
+        """
+        for kind, of_model in (('heads', model.n_heads), ('neurons', model.n_neurons)):
+            layers: Sequence[np.ndarray] = getattr(self, kind)
+            if len(layers) != model.n_layers:
+                raise ValueError(f'scores of {len(layers)} layers do not fit the {model.n_layers} of {model!r}')
+            for layer, values in enumerate(layers):
+                if np.shape(values) != (of_model(layer),):
+                    raise ValueError(
+                        f'layer {layer} has scores of shape {np.shape(values)} for its {of_model(layer)} {kind}'
+                    )
+                if not np.isfinite(values).all():
+                    raise ValueError(f'the scores of the {kind} of layer {layer} are not all finite')
+        return self
+
+    def to_frame(self) -> pd.DataFrame:
+        """Returns one row a unit: `kind` ('head' or 'neuron'), `layer`, `unit`, `name`, `score`."""
+        rows = [
+            (kind[:-1], layer, unit, name(layer, unit), float(value))
+            for kind, name in (('heads', head_name), ('neurons', neuron_name))
+            for layer, values in enumerate(getattr(self, kind))
+            for unit, value in enumerate(values)
+        ]
+        return pd.DataFrame(rows, columns=['kind', 'layer', 'unit', 'name', 'score'])
