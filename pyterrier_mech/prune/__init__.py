@@ -16,11 +16,13 @@ from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.distillation import Distillation, FineTuning
 from pyterrier_mech.prune.efficiency import efficiency
 from pyterrier_mech.prune.latency import latency_costs
-from pyterrier_mech.prune.plan import Plan, make_plan
+from pyterrier_mech.prune.plan import Plan
+from pyterrier_mech.prune.planning import make_plan
 from pyterrier_mech.prune.reranker import PrunedReranker
 from pyterrier_mech.prune.rescaling import Rescaling
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.surgery import prune_units, remove_units
+from pyterrier_mech.prune.unstructured import mask_weights
 
 __all__ = [
     'L0',
@@ -43,6 +45,7 @@ __all__ = [
     'efficiency',
     'latency_costs',
     'make_plan',
+    'mask_weights',
     'prune_units',
     'remove_units',
 ]

@@ -39,8 +39,8 @@ class Conductance:
 
     The word embeddings go in a straight line from a baseline to the input; the conductance of an activation is
     ∫ ∂s/∂a · da along it, summed over the positions and, for a head, over its width. See `AttributeNeurons` and
-    `AttributeHeads`, whose numbers these are. Both kinds are in units of the score, so they are joint. Expect fifty
-    passes over the data and more; `max_pairs` limits them.
+    `AttributeHeads`, whose numbers these are. Both kinds are in units of the score, but not joint: absolute
+    values do not add up, see `Taylor`. Expect fifty passes over the data and more; `max_pairs` limits them.
 
     Args:
         baseline: Where the line begins: 'query' (query tokens become padding), 'all', or a function from the input's
@@ -81,7 +81,7 @@ class Conductance:
             neurons, bad_neurons = self._means(model, some, rule, 'neurons')
         notes = {'pairs': len(some.frame), 'above_tolerance': max(bad_heads, bad_neurons)}
         passes = 3 * count() / (len(data.frame) * len(model.towers))
-        return UnitScores(heads, neurons, joint=True, passes=passes, notes=notes).check(model)
+        return UnitScores(heads, neurons, passes=passes, notes=notes).check(model)
 
     def _means(self, model: Ranker, data: FitData, rule: Rule, site: str) -> tuple[list[np.ndarray], int]:
         """Returns the means of one kind of unit, and how many rows stay above the tolerance."""
@@ -116,8 +116,8 @@ class Patching:
 
     A head's effect is exact: the score of the original pair with the head's output taken from the other version, less
     the score, as `PatchHeads` measures it. A neuron's is the first-order estimate Σ_t (a′ − a)·∂s/∂a at the original
-    pair (attribution patching), since one run for each of thousands of neurons is out of the question. Both are in
-    units of the score, so they are joint, but the estimate is poor where the score is flat.
+    pair (attribution patching), since one run for each of thousands of neurons is out of the question; it is poor where
+    the score is flat. Both are in units of the score, but not joint: absolute values do not add up, see `Taylor`.
 
     Pairs that cannot be patched (nothing changed, or no alignment) are left out, and `notes` counts them by reason.
 
@@ -154,7 +154,7 @@ class Patching:
         notes = {'pairs': len(frame), 'unpatchable': unpatchable}
         # Both sides for the heads and one after another for the neurons, with gradients on one.
         passes = (2 + variants(model) + 4) * len(frame) / len(data.frame)
-        return UnitScores(heads, neurons, joint=True, passes=passes, notes=notes).check(model)
+        return UnitScores(heads, neurons, passes=passes, notes=notes).check(model)
 
 
 def two_versions_of(data: FitData, perturbation: Perturbing | None) -> pd.DataFrame:

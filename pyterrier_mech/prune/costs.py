@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from pyterrier_mech.rankers.encoder import Layer
 from pyterrier_mech.rankers.ranker import Ranker
@@ -33,6 +34,21 @@ class Costs:
         parts += [costs[width] for costs, width in zip(self.neurons, neurons, strict=True)]
         return float(self.fixed + sum(parts))
 
+    def check(self, model: Ranker) -> Costs:
+        """Returns these costs if they are for the widths of a ranker.
+
+        Raises:
+            ValueError: If not.
+        """
+        ours = [[len(costs) - 1 for costs in kind] for kind in (self.heads, self.neurons)]
+        theirs = [model.head_counts, [model.n_neurons(layer) for layer in range(model.n_layers)]]
+        if ours != theirs:
+            raise ValueError(
+                f'these costs are for a model with {ours[0]} heads and {ours[1]} neurons; {model!r} has {theirs[0]} '
+                f'and {theirs[1]}'
+            )
+        return self
+
     @property
     def whole(self) -> float:
         """The cost with all heads and neurons."""
@@ -44,8 +60,9 @@ def parameter_costs(model: Ranker) -> Costs:
     heads, neurons, owned = [], [], 0
     every = sum(p.numel() for layer in model.encoder.layers for p in layer.module.parameters())
     for layer in model.encoder.layers:
-        d = layer.attention_out.out_features
-        one_head, one_neuron = layer.head_dim * (4 * d + 3), 2 * d + 1
+        # The biases of the output maps stay when all units are gone.
+        one_head = layer.head_dim * (sum(map(_of_a_row, layer.qkv_parts)) + layer.attention_out.out_features)
+        one_neuron = _of_a_row(layer.mlp_in) + layer.mlp_out.out_features
         heads.append(one_head * np.arange(layer.n_heads + 1, dtype=float))
         neurons.append(one_neuron * np.arange(layer.n_neurons + 1, dtype=float))
         owned += one_head * layer.n_heads + one_neuron * layer.n_neurons
@@ -56,7 +73,8 @@ def flop_costs(model: Ranker, tokens: float) -> Costs:
     """Returns the floating-point operations that scoring executes in the layers for a sequence of `tokens` tokens.
 
     They are those of matrix products, two for a multiplication and addition. Where the ranker reads the first token
-    alone, its last layer works for that token alone, and its heads and neurons cost next to nothing.
+    alone, its last layer works for that token alone, and its heads and neurons cost next to nothing. Where it reads
+    query and text apart, they are those of one of the two sequences.
     """
     first_only = model.pooling_ == 'cls' and model.encoder.family.described
     heads, neurons = [], []
@@ -66,6 +84,10 @@ def flop_costs(model: Ranker, tokens: float) -> Costs:
         heads.append(one_head * np.arange(layer.n_heads + 1))
         neurons.append(one_neuron * np.arange(layer.n_neurons + 1))
     return Costs(heads, neurons, 0.0, f'FLOPs at {tokens:.0f} tokens')
+
+
+def _of_a_row(part: nn.Linear) -> int:
+    return part.in_features + (part.bias is not None)
 
 
 def _all_tokens(layer: Layer, tokens: float) -> tuple[float, float]:

@@ -15,8 +15,8 @@ class FitData:
     """What `fit` was given, checked.
 
     Attributes:
-        frame: One row a query and text: qid, query, docno, and the text under the name 'text'; where there was one,
-            a second version of the text under 'text_0' (and of the query under 'query_0').
+        frame: One row a query and text, sorted: qid, query, docno, and the text under the name 'text'; where there
+            was one, a second version of the text under 'text_0' (and of the query under 'query_0').
         qrels: Judgements (qid, docno, label), or None.
     """
 
@@ -46,11 +46,7 @@ class FitData:
         wanted = pd.MultiIndex.from_frame(self.frame[keys].astype(str))
         labels = pd.Series(known.reindex(wanted).to_numpy(dtype=float), index=self.frame.index, name='label')
         if labels.isna().all():
-            raise ValueError(
-                f'none of the {len(self.frame)} rows is judged in the {len(self.qrels)} qrels '
-                f'(qids {sorted(set(self.frame["qid"].astype(str)))[:3]} … against '
-                f'{sorted(set(self.qrels["qid"].astype(str)))[:3]} …): give the qrels of these topics'
-            )
+            raise ValueError(_no_judgements(self.frame, self.qrels))
         return labels
 
 
@@ -58,7 +54,8 @@ def fit_data(frame: pd.DataFrame, qrels: pd.DataFrame | None, model: Ranker, tex
     """Checks a frame and its judgements, before any work.
 
     Raises:
-        ValueError: If the frame is empty, lacks columns or texts, or the judgements lack columns.
+        ValueError: If the frame is empty, lacks columns or texts, or the judgements lack columns or are all of other
+            queries.
     """
     missing = [name for name in ('qid', 'query', 'docno', text_field) if name not in frame.columns]
     if missing:
@@ -72,10 +69,24 @@ def fit_data(frame: pd.DataFrame, qrels: pd.DataFrame | None, model: Ranker, tex
         lacks = [name for name in ('qid', 'docno', 'label') if name not in qrels.columns]
         if lacks:
             raise ValueError(f'the qrels have no {", ".join(map(repr, lacks))}')
-    for column in ('query', text_field):
-        strings(frame, column, model)
-    kept = [name for name in ('qid', 'query', 'docno', 'query_0') if name in frame.columns]
-    data = frame[kept].assign(text=frame[text_field])
-    if f'{text_field}_0' in frame.columns:
-        data = data.assign(text_0=frame[f'{text_field}_0'])
-    return FitData(data.reset_index(drop=True), qrels)
+    sources = {'qid': 'qid', 'query': 'query', 'docno': 'docno', 'text': text_field}
+    optional = {'query_0': 'query_0', 'text_0': f'{text_field}_0'}
+    sources |= {name: source for name, source in optional.items() if source in frame.columns}
+    for name, source in sources.items():
+        if name not in ('qid', 'docno'):
+            strings(frame, source, model)
+    data = pd.DataFrame({name: frame[source] for name, source in sources.items()})
+    # Sums of floating-point numbers depend on their order: nothing shall depend on that of the rows.
+    order = data.reset_index(drop=True).astype(str).sort_values(list(sources), kind='stable').index
+    data = data.iloc[order].reset_index(drop=True)
+    if qrels is not None and not set(data['qid'].astype(str)) & set(qrels['qid'].astype(str)):
+        raise ValueError(_no_judgements(data, qrels))
+    return FitData(data, qrels)
+
+
+def _no_judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> str:
+    return (
+        f'none of the {len(frame)} rows is judged in the {len(qrels)} qrels '
+        f'(qids {sorted(set(frame["qid"].astype(str)))[:3]} … against '
+        f'{sorted(set(qrels["qid"].astype(str)))[:3]} …): give the qrels of these topics'
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import ir_measures
@@ -16,13 +17,15 @@ import torch.nn.functional as F
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.encoded import Encoded
 from pyterrier_mech.prune.plan import fingerprint
-from pyterrier_mech.prune.protocol import sample
-from pyterrier_mech.prune.training import Schedule, train
+from pyterrier_mech.prune.protocol import sample, take
+from pyterrier_mech.prune.training import Schedule, check_comparable, digest, train
 from pyterrier_mech.rankers.encoder import hooked
 from pyterrier_mech.rankers.ranker import Ranker
 
 # More validation rows than this make training slower, not stops better.
 _VALIDATED = 1000
+# Fewer rows of a query than this say little of its margins: of more queries, some are left out.
+_VALIDATED_PER_QUERY = 4
 _NAMES = {'qid': 'query_id', 'docno': 'doc_id', 'label': 'relevance'}
 
 
@@ -30,22 +33,23 @@ _NAMES = {'qid': 'query_id', 'docno': 'doc_id', 'label': 'relevance'}
 class Distillation:
     """Trains the pruned ranker to order texts with the margins of the unpruned one; needs no labels.
 
-    The loss is margin-MSE: for all pairs of texts of one query in a batch, the squared difference between the
-    student's and the teacher's difference of scores; and, weighted by `hidden`, the mean squared difference between
-    their residual streams after every layer, which pruning leaves equally wide. Texts of other queries join
-    as negatives. Where there is validation data, the weights with the least margin error on it are kept.
+    The loss is margin-MSE: over all pairs of texts of one query that a batch holds together, the mean squared
+    difference between the student's and the teacher's difference of scores; and, weighted by `hidden`, the squared
+    distance between their residual streams, which pruning leaves equally wide, relative to the squared size of the
+    teacher's, mean over the layers. Texts of other queries join as negatives. Where there is validation data, the
+    weights with the least margin error on it are kept.
 
     Args:
         epochs: How often the rows are gone through.
         learning_rate: Highest step size of AdamW.
         hidden: Weight of the residual streams; 0 leaves them out.
-        negatives: For each query, so many texts of other queries are added, as a share of its own.
+        negatives: How many texts of other queries each query is given, as a share of its own.
         texts_per_query: Texts of a query that are compared with each other.
         queries_per_batch: Queries of a batch.
         patience: Validations without improvement after which training ends.
         validations: How often an epoch is validated.
         keep_zeros: Whether weights that are zero stay zero (for unstructured masks).
-        seed: Of the order of the data.
+        seed: Of the order of the data, the negatives, and the validation rows where there are too many for all.
         checkpoint: File in which progress is kept; a killed run with the same settings and data goes on from it and
             ends as if it had not been. It is deleted at the end.
         checkpoint_every: Steps between two writes.
@@ -89,16 +93,19 @@ class Distillation:
         schedule = _schedule(self)
         if self.hidden < 0 or self.negatives < 0:
             raise ValueError(f'hidden={self.hidden!r} and negatives={self.negatives!r} may not be negative')
+        checked = None if validation is None else _comparable(validation, self.seed)
         data = with_negatives(data, self.negatives, self.seed)
+        check_comparable(data)
         encoded = Encoded.of(teacher, data.queries, data.texts)
-        targets = _scores(teacher, data)
+        # Not before the first batch: a checkpoint that does not fit is refused before this work.
+        targets = cache(lambda: _scores(teacher, data))
         streams = self.hidden > 0
 
         def loss(rows: np.ndarray, group: np.ndarray) -> torch.Tensor:
             scores, small = _run(student, encoded, rows, streams)
-            value = margin_error(scores - targets[rows], group)
+            value = margin_error(scores - targets()[rows], group)
             if streams:
-                with torch.no_grad():
+                with teacher.computing():
                     whole = _run(teacher, encoded, rows, True)[1]
                 value = value + self.hidden * _distance(small, whole, encoded, rows)
             return value
@@ -107,10 +114,10 @@ class Distillation:
             student,
             data,
             loss,
-            None if validation is None else _margins(student, teacher, validation, self.seed),
+            None if checked is None else _margins(student, teacher, checked),
             schedule,
             keep_zeros=self.keep_zeros,
-            identity=f'{_settings(self)} {fingerprint(teacher)} {fingerprint(student)}',
+            identity=repr((_settings(self), _identity(teacher), _identity(student), checked and digest(checked.frame))),
             desc='Distillation',
         )
 
@@ -119,9 +126,9 @@ class Distillation:
 class FineTuning:
     """Trains the pruned ranker on judgements: of two texts of a query, the one with the higher label shall win.
 
-    The loss is the pairwise logistic one (RankNet) over all pairs of a query's texts in a batch whose labels differ;
-    rows without a judgement are left out. Where there are judged validation topics, the weights with the highest mean
-    nDCG@10 on them are kept.
+    The loss is the pairwise logistic one (RankNet), mean over all pairs of texts of one query that a batch holds
+    together and whose labels differ; rows without a judgement are left out. Where there are judged validation topics,
+    the weights with the highest mean nDCG@10 on them are kept.
 
     Args:
         epochs: How often the rows are gone through.
@@ -154,41 +161,65 @@ class FineTuning:
     def recover(
         self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
     ) -> pd.DataFrame:
-        """Trains `student` in place; see `Distillation.recover`. The teacher is not asked."""
+        """Trains `student` in place.
+
+        Args:
+            student: The pruned ranker.
+            teacher: Not asked.
+            data: Rows to train on, with judgements.
+            validation: Rows of other queries, for early stopping if they have judgements.
+
+        Returns:
+            The history: `step`, `loss`, and, as `validation`, what the nDCG@10 lacks to 1; see `train`.
+
+        Raises:
+            ValueError: If a setting is out of range, no query has texts of different labels, the validation queries
+                are not judged, or the checkpoint is of another run.
+        """
         schedule = _schedule(self)
         labels = data.labels()
-        judged = FitData(data.frame[labels.notna().to_numpy()].reset_index(drop=True), data.qrels)
-        gains = torch.from_numpy(labels.dropna().to_numpy()).to(student.encoder.device)
+        frame = data.frame.assign(label=labels)[labels.notna()].reset_index(drop=True)
+        if not (frame.groupby('qid')['label'].nunique() > 1).any():
+            raise ValueError(f'none of the {frame["qid"].nunique()} judged queries has texts of different labels')
+        validate, checked = None, ''
+        if validation is not None and validation.qrels is not None:
+            judgements = _judgements(validation)
+            validate = _lost_ndcg(student, validation, judgements)
+            checked = digest(validation.frame) + digest(judgements.rename(columns={v: k for k, v in _NAMES.items()}))
+        judged, gains = FitData(frame, data.qrels), frame['label'].to_numpy()
         encoded = Encoded.of(student, judged.queries, judged.texts)
 
         def loss(rows: np.ndarray, group: np.ndarray) -> torch.Tensor:
             scores = encoded.scores(student, rows)
-            better = (gains[rows][:, None] > gains[rows][None, :]) & _same(group, scores)
-            losses = F.softplus(scores[None, :] - scores[:, None])[better]
-            return losses.mean() if len(losses) else scores.sum() * 0.0
+            better = _same(group) & (gains[rows][:, None] > gains[rows])
+            winners, losers = (torch.from_numpy(side).to(scores.device) for side in np.nonzero(better))
+            return F.softplus(scores[losers] - scores[winners]).sum() / max(1, len(winners))
 
         return train(
             student,
             judged,
             loss,
-            None if validation is None or validation.qrels is None else _lost_ndcg(student, validation),
+            validate,
             schedule,
             keep_zeros=self.keep_zeros,
-            identity=f'{_settings(self)} {fingerprint(student)} {labels.tolist()}',
+            identity=repr((_settings(self), _identity(student), checked)),
             desc='FineTuning',
         )
 
 
 def margin_error(errors: torch.Tensor, group: np.ndarray) -> torch.Tensor:
-    """Returns the mean over all pairs of a group of the squared difference of their errors: margin-MSE."""
-    same = _same(group, errors)
-    pairs = same & ~torch.eye(len(errors), dtype=torch.bool, device=errors.device)
-    return ((errors[:, None] - errors[None, :]) ** 2)[pairs].mean()
+    """Returns the mean, over all pairs of rows of one group, of the squared difference of their errors: margin-MSE.
+
+    Args:
+        errors: The student's scores less the teacher's [rows].
+        group: The group of every row [rows]; at least one has two rows.
+    """
+    first, second = (torch.from_numpy(side).to(errors.device) for side in np.nonzero(np.triu(_same(group), 1)))
+    return ((errors[first] - errors[second]) ** 2).mean()
 
 
-def _same(group: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    group_of = torch.from_numpy(group).to(like.device)
-    return group_of[:, None] == group_of[None, :]
+def _same(group: np.ndarray) -> np.ndarray:
+    return group[:, None] == group[None, :]
 
 
 def _schedule(recovery: Any) -> Schedule:
@@ -202,6 +233,14 @@ def _settings(recovery: Any) -> str:
     return repr({name: value for name, value in asdict(recovery).items() if name not in neutral})
 
 
+def _identity(ranker: Ranker) -> tuple[Any, ...]:
+    """Returns what determines the scores of a ranker, but not the memory address of anything."""
+    simple = {name: value for name, value in ranker._settings().items() if isinstance(value, (str, int))}
+    for name in ('model', 'tokenizer', 'text_field', 'batch_tokens', 'device', 'verbose'):
+        simple.pop(name, None)
+    return fingerprint(ranker), sorted(simple.items())
+
+
 def _scores(ranker: Ranker, data: FitData) -> torch.Tensor:
     return torch.from_numpy(np.asarray(ranker.score(data.queries, data.texts))).to(ranker.encoder.device)
 
@@ -209,14 +248,16 @@ def _scores(ranker: Ranker, data: FitData) -> torch.Tensor:
 def with_negatives(data: FitData, share: float, seed: int) -> FitData:
     """Returns the rows and, for each query, texts of other queries, as a share of its own rows.
 
-    They are drawn by seed, query and content, and have the docno of their text.
+    They are drawn by the seed and the content, not by its order, and keep their docno.
     """
     if not share:
         return data
-    frame = data.frame.sort_values(['qid', 'docno', 'text'], kind='stable').reset_index(drop=True)
+    names = ['qid', 'query', 'docno', 'text']
+    frame = data.frame[names].sort_values(['qid', 'docno', 'text'], kind='stable').reset_index(drop=True)
+    pool = frame.drop_duplicates('docno')
     added = [frame]
     for number, (qid, rows) in enumerate(frame.groupby('qid', sort=True)):
-        others = frame[(frame['qid'] != qid) & ~frame['docno'].isin(rows['docno'])].drop_duplicates('docno')
+        others = pool[~pool['docno'].isin(rows['docno']) & ~pool['text'].isin(rows['text'])]
         count = min(len(others), round(share * len(rows)))
         drawn = others.iloc[np.random.default_rng([seed, number]).permutation(len(others))[:count]]
         added.append(drawn.assign(qid=qid, query=rows['query'].iloc[0]))
@@ -258,30 +299,51 @@ def _distance(
     return torch.stack(parts).mean()
 
 
-def _margins(student: Ranker, teacher: Ranker, validation: FitData, seed: int) -> Callable[[], float]:
+def _comparable(validation: FitData, seed: int) -> FitData:
+    """Returns validation rows of which every query has several: all, or a sample that is large enough.
+
+    Raises:
+        ValueError: If no query has two rows.
+    """
+    qids = validation.frame['qid'].astype(str)
+    several = sorted(set(qids[qids.duplicated()]))
+    if not several:
+        raise ValueError(
+            f'none of the {qids.nunique()} validation queries has two texts to compare: retrieve more, or give no '
+            'validation data'
+        )
+    chosen = np.random.default_rng(seed).permutation(several)[: _VALIDATED // _VALIDATED_PER_QUERY]
+    return sample(take(validation, np.flatnonzero(qids.isin(chosen))), _VALIDATED, seed)
+
+
+def _margins(student: Ranker, teacher: Ranker, rows: FitData) -> Callable[[], float]:
     """Returns the function that tells the margin error on the validation rows, mean over their queries."""
-    rows = sample(validation, _VALIDATED, seed)
-    targets = _scores(teacher, rows)
-    group, _ = pd.factorize(rows.frame['qid'].astype(str))
+    targets = teacher.score(rows.queries, rows.texts)
+    qids = rows.frame['qid'].astype(str).to_numpy()
 
     def error() -> float:
-        errors = _scores(student, rows) - targets
-        values = [float(errors[torch.from_numpy(group == g)].var(correction=0)) for g in np.unique(group)]
-        return float(np.mean(values))
+        errors = pd.Series(student.score(rows.queries, rows.texts) - targets, dtype=float)
+        # The mean squared difference of two values is twice their variance.
+        return 2 * float(errors.groupby(qids).var(ddof=1).mean())
 
     return error
 
 
-def _lost_ndcg(student: Ranker, validation: FitData) -> Callable[[], float]:
-    """Returns the function that tells one less the mean nDCG@10 on the validation rows."""
-    qrels = validation.qrels
-    assert qrels is not None
-    named = qrels.astype({'qid': str, 'docno': str}).rename(columns=_NAMES)
+def _judgements(validation: FitData) -> pd.DataFrame:
+    """Returns the judgements of the validation queries, as `ir_measures` reads them."""
+    validation.labels()
+    assert validation.qrels is not None
+    qrels = validation.qrels[list(_NAMES)].astype({'qid': str, 'docno': str, 'label': int}).rename(columns=_NAMES)
+    return qrels[qrels['query_id'].isin(validation.frame['qid'].astype(str))]
+
+
+def _lost_ndcg(student: Ranker, validation: FitData, judgements: pd.DataFrame) -> Callable[[], float]:
+    """Returns the function that tells what the mean nDCG@10 on the validation rows lacks to 1."""
     frame = validation.frame[['qid', 'docno']].astype(str).rename(columns=_NAMES)
-    named = named[named['query_id'].isin(frame['query_id'])]
+    measure = ir_measures.nDCG @ 10
 
     def lost() -> float:
         run = frame.assign(score=student.score(validation.queries, validation.texts))
-        return 1 - ir_measures.calc_aggregate([ir_measures.nDCG @ 10], named, run)[ir_measures.nDCG @ 10]
+        return 1 - ir_measures.calc_aggregate([measure], judgements, run)[measure]
 
     return lost

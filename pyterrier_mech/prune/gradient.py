@@ -70,13 +70,16 @@ class Taylor(_Gradient):
     cross-entropy of the logit against whether the pair is relevant: w = σ(s) − y; pairs that are not judged are left
     out.
 
+    Heads and neurons are not joint, though both are in units of the score: absolute effects do not add up, since the
+    small effects of thousands of neurons cancel in part, so that heads would go first. Squares add up: see `Fisher`.
+
     Args:
         loss: 'score' or 'labels'.
         min_rel: The lowest label that is relevant.
         max_pairs: How many pairs are looked at, drawn evenly from the queries; by default all.
         seed: Of that draw.
-        normalize: Whether the scores of every layer, heads and neurons apart, are divided by their L2 norm. Heads and
-            neurons are then no longer joint, and every layer counts the same.
+        normalize: Whether the scores of every layer, heads and neurons apart, are divided by their L2 norm, so that
+            every layer counts the same.
 
     Source: Michel, Levy, Neubig, NeurIPS 2019, arXiv 1905.10650; Molchanov et al., ICLR 2017, arXiv 1611.06440.
     """
@@ -92,13 +95,8 @@ class Taylor(_Gradient):
         heads, neurons, notes = self._means(model, data, np.abs)
         if self.normalize:
             heads, neurons = [_unit_norm(layer) for layer in heads], [_unit_norm(layer) for layer in neurons]
-        return UnitScores(
-            heads,
-            neurons,
-            joint=not self.normalize,
-            passes=PASSES * notes['pairs'] / len(data.frame),
-            notes=dict(notes),
-        ).check(model)
+        passes = PASSES * notes['pairs'] / len(data.frame)
+        return UnitScores(heads, neurons, passes=passes, notes=dict(notes)).check(model)
 
 
 @dataclass(frozen=True)

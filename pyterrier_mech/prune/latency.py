@@ -16,11 +16,14 @@ import pyterrier as pt
 import torch
 
 from pyterrier_mech.prune.costs import Costs
+from pyterrier_mech.prune.encoded import Encoded
+from pyterrier_mech.prune.scores import KINDS
 from pyterrier_mech.prune.surgery import prune_units
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.rankers.resizing import check_resizable
 
 # Shares of all heads or neurons at which time is measured; between them it is interpolated.
-_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+_GRID = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
 def latency_costs(
@@ -42,18 +45,21 @@ def latency_costs(
         text_field: Column of the text; by default as the model has it.
 
     Raises:
-        ValueError: If the frame is empty or the model's family cannot be cut.
+        ValueError: If the frame is empty or lacks columns, the model's family cannot be cut, or `repeats` is below 1.
     """
     text = text_field or model.text_field
-    if not len(frame):
-        raise ValueError('latency_costs needs rows to time: give a frame with query and text')
+    missing = [name for name in ('query', text) if name not in frame.columns]
+    if missing or not len(frame):
+        lacks = ', '.join(map(repr, missing)) or 'rows'
+        raise ValueError(f'latency_costs needs rows to time, with query and text: the frame has no {lacks}')
+    if repeats < 1:
+        raise ValueError(f'repeats={repeats!r} measures nothing; use 1 or more')
+    check_resizable(model.encoder.base.config.model_type)
     rows = frame[['query', text]].astype(str).sort_values(['query', text])
-    lengths = (
-        model.tokenize('text', rows[text].tolist()).lengths + model.tokenize('query', rows['query'].tolist()).lengths
-    )
-    count = max(1, int(2 * model.loaded.budget.tokens / max(1.0, float(lengths.mean()))))
+    tokens = float(Encoded.of(model, rows['query'].tolist(), rows[text].tolist()).tokens.mean())
+    count = max(1, int(2 * model.loaded.budget.tokens / tokens))
     rows = rows.sample(min(count, len(rows)), random_state=0)
-    path = _path(model, int(np.mean(lengths)), len(rows), repeats)
+    path = _path(model, tokens, len(rows), repeats)
     if cache and path.exists():
         shares = json.loads(path.read_text(encoding='utf-8'))
     else:
@@ -67,46 +73,63 @@ def latency_costs(
 
 
 def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> dict[str, list[float]]:
-    """Returns shares of the whole time: of each kind on the grid and in the last layer alone, and what is fixed."""
-    variants = {'whole': model}
-    for kind in ('heads', 'neurons'):
-        for step, share in enumerate(_GRID[1:], 1):
+    """Returns shares of the whole time: of each kind at some widths and in the last layer alone, and what is fixed."""
+    variants = {'whole': model, 'nothing': _variant(model, 'heads', 0.0, [])}
+    widths = {kind: _measured_widths(model, kind) for kind in KINDS}
+    for kind in KINDS:
+        for step, share in enumerate(widths[kind].values()):
             variants[f'{kind} {step}'] = _variant(model, kind, share, _inner(model))
         variants[f'{kind} last'] = _variant(model, kind, 1.0, [model.n_layers - 1])
-    variants['nothing'] = _variant(model, 'heads', 0.0, [])
     times = _in_turns({name: lambda v=v: v.score(queries, texts) for name, v in variants.items()}, repeats)  # type: ignore[misc]
     relative = {name: float(np.median(np.asarray(t) / times['whole'])) for name, t in times.items()}
     fixed = min(relative['nothing'], 1.0)
     shares = {'fixed': [fixed]}
-    for kind in ('heads', 'neurons'):
-        grid = [0.0] + [relative[f'{kind} {step}'] - fixed for step in range(1, len(_GRID))]
-        shares[kind] = np.maximum.accumulate(np.maximum(grid, 0.0)).tolist()
+    for kind in KINDS:
+        above = [0.0] + [relative[f'{kind} {step}'] - fixed for step in range(len(widths[kind]))]
+        # A wider block is never quicker: what looks so is noise.
+        shares[kind] = np.maximum.accumulate(np.maximum(above, 0.0)).tolist()
+        shares[f'{kind} at'] = [0.0, *widths[kind]]
         shares[f'{kind} last'] = [max(relative[f'{kind} last'] - fixed, 0.0)]
     return shares
 
 
+def _measured_widths(model: Ranker, kind: str) -> dict[float, float]:
+    """Returns the widths of variants that differ, as shares of all units of a kind, and what share was asked for.
+
+    A layer of twelve heads has no eighth of them: times are put where they were measured.
+    """
+    counts = np.array([_count(model, kind, layer) for layer in _inner(model)])
+    kept = {share: float(sum(_kept(count, share) for count in counts)) / max(1, counts.sum()) for share in _GRID}
+    return {there: share for share, there in kept.items() if there > 0}
+
+
 def _costs(model: Ranker, shares: dict[str, list[float]]) -> Costs:
     inner = _inner(model)
-    counts = {
-        'heads': model.head_counts,
-        'neurons': [model.n_neurons(layer) for layer in range(model.n_layers)],
-    }
     tables: dict[str, list[np.ndarray]] = {}
-    for kind, widths in counts.items():
+    for kind in KINDS:
+        widths = [_count(model, kind, layer) for layer in range(model.n_layers)]
         total = sum(widths[layer] for layer in inner) or 1
         tables[kind] = []
         for layer, width in enumerate(widths):
             at = np.arange(width + 1) / max(1, width)
             if layer in inner:
-                tables[kind].append(np.interp(at, _GRID, shares[kind]) * width / total)
+                tables[kind].append(np.interp(at, shares[f'{kind} at'], shares[kind]) * width / total)
             else:
                 tables[kind].append(at * shares[f'{kind} last'][0])
-    fixed = shares['fixed'][0]
     parts = sum(float(table[-1]) for layers in tables.values() for table in layers)
+    fixed = shares['fixed'][0] if parts else 1.0
     # Times of parts do not add up to the whole exactly.
     scale = (1 - fixed) / parts if parts else 0.0
-    heads, neurons = ([scale * table for table in tables[kind]] for kind in ('heads', 'neurons'))
+    heads, neurons = ([scale * table for table in tables[kind]] for kind in KINDS)
     return Costs(heads, neurons, fixed, 'time of scoring')
+
+
+def _count(model: Ranker, kind: str, layer: int) -> int:
+    return model.n_heads(layer) if kind == 'heads' else model.n_neurons(layer)
+
+
+def _kept(count: int, share: float) -> int:
+    return round(share * count)
 
 
 def _inner(model: Ranker) -> Sequence[int]:
@@ -117,12 +140,17 @@ def _inner(model: Ranker) -> Sequence[int]:
 
 def _variant(model: Ranker, kind: str, share: float, layers: Sequence[int]) -> Ranker:
     """Returns a copy with a share of the heads, or of the neurons, in some layers and nothing elsewhere."""
-    kept: dict[str, list[list[int]]] = {'heads': [], 'neurons': []}
-    for layer in range(model.n_layers):
-        for name, width in (('heads', model.n_heads(layer)), ('neurons', model.n_neurons(layer))):
-            there = name == kind and layer in layers
-            kept[name].append(list(range(round(share * width))) if there else [])
-    return prune_units(model, kept['heads'], kept['neurons'])
+    kept = {
+        name: [
+            list(range(_kept(_count(model, name, layer), share) if name == kind and layer in layers else 0))
+            for layer in range(model.n_layers)
+        ]
+        for name in KINDS
+    }
+    variant = prune_units(model, kept['heads'], kept['neurons'])
+    # Embeddings can be most of a model, and are the same in all variants.
+    variant.encoder.base.set_input_embeddings(model.encoder.base.get_input_embeddings())
+    return variant
 
 
 def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
@@ -138,7 +166,7 @@ def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
     return {name: np.asarray(values) for name, values in times.items()}
 
 
-def _path(model: Ranker, tokens: int, rows: int, repeats: int) -> Path:
+def _path(model: Ranker, tokens: float, rows: int, repeats: int) -> Path:
     """Returns the file of the table for these shapes on this device."""
     encoder = model.encoder
     device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == 'cuda' else platform.processor()
@@ -148,13 +176,14 @@ def _path(model: Ranker, tokens: int, rows: int, repeats: int) -> Path:
         torch.get_num_threads(),
         torch.__version__,
         str(next(encoder.module.parameters()).dtype),
+        type(model).__name__,
         encoder.base.config.model_type,
         model.head_counts,
         [(layer.n_neurons, layer.head_dim, layer.mlp_out.out_features) for layer in encoder.layers],
         model.pooling_,
-        model.dtype,
+        model.dtype == 'tf32',
         model.loaded.budget.tokens,
-        tokens // 8,
+        round(tokens / 8),
         rows,
         repeats,
         _GRID,

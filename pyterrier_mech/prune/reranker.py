@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,25 +13,22 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech._columns import FITTED_ON
+from pyterrier_mech._compare import refuse_seen
 from pyterrier_mech._frames import require, strings
 from pyterrier_mech.prune.criteria import Criterion, check_needs
 from pyterrier_mech.prune.data import FitData, fit_data
 from pyterrier_mech.prune.encoded import Encoded
 from pyterrier_mech.prune.gradient import Fisher
 from pyterrier_mech.prune.latency import latency_costs
-from pyterrier_mech.prune.plan import Plan, check_plan_settings, make_plan
+from pyterrier_mech.prune.plan import Plan
+from pyterrier_mech.prune.planning import check_budget, check_plan_settings, make_plan
 from pyterrier_mech.prune.rescaling import Rescaling
 from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.prune.storing import HISTORY, Fitted
 from pyterrier_mech.prune.surgery import prune_units
-from pyterrier_mech.rankers import BiEncoder, CrossEncoder
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.resizing import check_resizable
-from pyterrier_mech.rankers.saving import save_ranker
-from pyterrier_mech.results._saving import META, appearing, read_meta
 from pyterrier_mech.stats import Comparison, compare
-
-_RANKERS = {'CrossEncoder': CrossEncoder, 'BiEncoder': BiEncoder}
-_RANKER, _PLAN = 'ranker', 'plan.json'
 
 
 class Recovery(Protocol):
@@ -74,10 +72,12 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         model_: The pruned ranker.
         scores_: The `UnitScores` of the criterion (None with a given plan, or after loading).
         history_: For each recovery that trains, one row a validation: `recovery`, `step`, `loss`, `validation`.
-        qids_: Queries that `fit` has seen, sorted, as strings. `compare` refuses to judge on them, and the ranked
+        qids_: Queries that had a say, sorted, as strings: those that `fit` has seen, and those that a protected circuit
+            was found on or a given plan was made with. `compare` refuses to judge on them, and the ranked
             frame carries them in its `attrs`, so that `stats.compare` refuses too.
 
     Raises:
+        TypeError: If the model is neither; by `fit`, before any work, if a step is no criterion or recovery.
         ValueError: By `fit`, before any work: if a setting is out of range, the data lacks what a step needs,
             judgements are of other topics, training and validation topics overlap, the model's family cannot be cut,
             or the plan is for another model. If the budget is less than what must stay.
@@ -106,10 +106,12 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         protect: Any = (),
         multiple: int = 32,
         plan: Plan | None = None,
-        recovery: Sequence[Recovery] = (Rescaling(),),
+        recovery: Recovery | Sequence[Recovery] = (Rescaling(),),
         text_field: str | None = None,
     ):
         """Stores the settings; reads the folder, if it is one."""
+        if not isinstance(model, (Ranker, str, Path)):
+            raise TypeError(f'{type(model).__name__} is no ranker: give a CrossEncoder or BiEncoder, or a saved folder')
         super().__init__(pt.Artifact.NO_PATH if isinstance(model, Ranker) else model)
         self.model = model
         self.criterion = criterion
@@ -123,7 +125,9 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         self.recovery = recovery
         self.text_field = text_field
         if not isinstance(model, Ranker):
-            self._read(Path(model))
+            fitted = Fitted.load(Path(model), type(self))
+            self.plan_, self.model_, self.scores_ = fitted.plan, fitted.model, None
+            self.history_, self.qids_ = fitted.history, fitted.qids
 
     # -- fitting
 
@@ -148,79 +152,93 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         validation = None
         if topics_or_res_va is not None and len(topics_or_res_va):
             validation = fit_data(topics_or_res_va, qrels_va, model, self._text)
-        self._check(model, data, validation)
+        self._check_steps(data, validation)
         plan, scores = self.plan, None
         if plan is None:
-            scores = self._criterion.scores(model, data)
-            plan = self._make_plan(model, scores, data)
+            plan, scores = self._choose(model, data)
         student = prune_units(model, plan.heads, plan.neurons)
-        histories = []
-        for recovery in self.recovery:
+        student.text_field = self._text
+        histories = [pd.DataFrame(columns=list(HISTORY))]
+        for recovery in self._recoveries:
             history = recovery.recover(student, model, data, validation)
             if history is not None:
-                histories.append(history.assign(recovery=type(recovery).__name__))
+                histories.append(history.assign(recovery=type(recovery).__name__)[list(HISTORY)])
+        filled = [history for history in histories if len(history)] or histories
+        self.history_ = pd.concat(filled, ignore_index=True)
         self.plan_, self.scores_, self.model_ = plan, scores, student
-        columns = ['recovery', 'step', 'loss', 'validation']
-        self.history_ = pd.concat([pd.DataFrame(columns=columns), *histories])[columns].reset_index(drop=True)
-        self.qids_ = self._seen(data, validation)
+        self.qids_ = sorted({*self._chosen_on(data), *([] if validation is None else _qids(validation))})
+        # What lies there, if anything, was fitted before.
+        self.path = pt.Artifact.NO_PATH
 
     @property
     def _criterion(self) -> Criterion:
         return self.criterion if self.criterion is not None else Fisher()
 
     @property
+    def _recoveries(self) -> tuple[Recovery, ...]:
+        return tuple(self.recovery) if isinstance(self.recovery, Iterable) else (self.recovery,)
+
+    @property
     def _sparsity(self) -> float | None:
         return 0.5 if self.sparsity is None and self.speedup is None else self.sparsity
 
     def _checked_model(self) -> Ranker:
+        """Returns the ranker to prune, if the settings are for it."""
         if not isinstance(self.model, Ranker):
             raise ValueError(f'{str(self.model)!r} is fitted already: to prune it again, give its model_')
         check_resizable(self.model.encoder.base.config.model_type)
+        if self.plan is not None:
+            if (self.criterion, self.sparsity, self.speedup) != (None, None, None):
+                raise ValueError('a plan takes the place of criterion, sparsity and speedup: leave them out')
+            self.plan.check(self.model)
+        else:
+            check_plan_settings(self.model, self._sparsity, allocation=self.allocation, **self._budget)
         return self.model
 
-    def _check(self, model: Ranker, data: FitData, validation: FitData | None) -> None:
-        """Checks all that can be checked before any work."""
-        if self.plan is not None:
-            self.plan.check(model)
-        else:
-            check_plan_settings(
-                model, self._sparsity, self.budget, self.speedup, self.allocation, self.protect, self.multiple
-            )
-        steps: list[Any] = [*([] if self.plan is not None else [self._criterion]), *self.recovery]
-        for step in steps:
+    @property
+    def _budget(self) -> dict[str, Any]:
+        return {
+            'budget': self.budget,
+            'speedup': self.speedup,
+            'protect': self.protect,
+            'multiple': self.multiple,
+        }
+
+    def _check_steps(self, data: FitData, validation: FitData | None) -> None:
+        """Checks that the data has what every step needs."""
+        steps: list[tuple[str, Any]] = [('recover', recovery) for recovery in self._recoveries]
+        if self.plan is None:
+            steps.insert(0, ('scores', self._criterion))
+        for method, step in steps:
+            if isinstance(step, type) or not hasattr(step, method):
+                raise TypeError(f'{step!r} has no {method}(...): give an object, e.g. Fisher() or Rescaling()')
             check_needs(step, data)
             if 'qrels' in step.needs:
                 data.labels()
-        if validation is not None:
-            both = set(data.frame['qid'].astype(str)) & set(validation.frame['qid'].astype(str))
-            if both:
-                raise ValueError(
-                    f'{len(both)} queries are in both training and validation (e.g. {sorted(both)[0]!r}): split them'
-                )
+        both = set() if validation is None else _qids(data) & _qids(validation)
+        if both:
+            raise ValueError(
+                f'{len(both)} queries are in both training and validation (e.g. {min(both)!r}): split them'
+            )
 
-    def _make_plan(self, model: Ranker, scores: UnitScores, data: FitData) -> Plan:
-        latency = latency_costs(model, data.frame, text_field='text') if self.budget == 'latency' else None
-        return make_plan(
-            model,
-            scores,
-            self._sparsity,
-            budget=self.budget,
-            speedup=self.speedup,
-            allocation=self.allocation,
-            protect=self.protect,
-            multiple=self.multiple,
-            tokens=_mean_tokens(model, data),
-            latency=latency,
-        )
+    def _choose(self, model: Ranker, data: FitData) -> tuple[Plan, UnitScores]:
+        """Scores the units and makes a plan, once it is clear that there is one."""
+        costs: dict[str, Any] = {
+            'tokens': _mean_tokens(model, data),
+            'latency': latency_costs(model, data.frame, text_field='text') if self.budget == 'latency' else None,
+        }
+        check_budget(model, self._sparsity, **self._budget, **costs)
+        scores = self._criterion.scores(model, data)
+        plan = make_plan(model, scores, self._sparsity, allocation=self.allocation, **self._budget, **costs)
+        told = {'criterion': repr(self._criterion), 'qids': sorted(self._chosen_on(data))}
+        return replace(plan, settings={**plan.settings, **told}), scores
 
-    def _seen(self, data: FitData, validation: FitData | None) -> list[str]:
-        """Returns all queries that had a say: also those that a circuit was found on."""
-        qids = set(data.frame['qid'].astype(str))
-        if validation is not None:
-            qids |= set(validation.frame['qid'].astype(str))
-        for circuit in (self.protect, getattr(self.criterion, 'circuit', None)):
-            qids |= set(map(str, getattr(circuit, 'qids', ())))
-        return sorted(qids)
+    def _chosen_on(self, data: FitData) -> set[str]:
+        """Returns the queries that had a say in what stays or in its weights, but for validation."""
+        qids = _qids(data)
+        for source in (self.protect, self.criterion, getattr(self.criterion, 'circuit', None)):
+            qids |= set(map(str, getattr(source, 'qids', ())))
+        return qids | set(map(str, self.plan.settings.get('qids', ()) if self.plan is not None else ()))
 
     # -- ranking and judging
 
@@ -232,7 +250,8 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         model = self._fitted()
         scores = model.score(strings(inp, 'query', self), strings(inp, self._text, self))
         res = pt.model.add_ranks(inp.assign(score=scores))
-        res.attrs[FITTED_ON] = self.qids_
+        # A pruned ranker may stand before this one.
+        res.attrs[FITTED_ON] = sorted({*res.attrs.get(FITTED_ON, ()), *self.qids_})
         return res
 
     def compare(self, frame: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[Any], **settings: Any) -> Comparison:
@@ -251,8 +270,10 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         pruned = self._fitted()
         if not isinstance(self.model, Ranker):
             raise TypeError('the unpruned ranker is not saved: compare runs of both with pyterrier_mech.stats.compare')
-        plain = frame[['qid', 'query', 'docno']].assign(**{self.model.text_field: frame[self._text]})
-        before, after = self.model.transform(plain), pruned.transform(plain)
+        require(frame, self, ['query', self._text])
+        refuse_seen(set(frame['qid'].astype(str)) & set(qrels['qid'].astype(str)), self.qids_, {})
+        pairs = strings(frame, 'query', self), strings(frame, self._text, self)
+        before, after = (frame[['qid', 'docno']].assign(score=ranker.score(*pairs)) for ranker in (self.model, pruned))
         return compare(before, {'pruned': after}, qrels, measures, fitted_on=self.qids_, **settings)
 
     @property
@@ -284,44 +305,10 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
             FileExistsError: If `path` exists and may not be replaced.
             ValueError: If there is nothing to save yet.
         """
-        model = self._fitted()
-        path = Path(path)
-        with appearing(path, overwrite=overwrite, ours=_is_ours, what=type(self).__name__) as new:
-            save_ranker(model, new / _RANKER)
-            self.plan_.save(new / _PLAN)
-            summary = {
-                'ranker': type(model).__name__,
-                'settings': _settings(model),
-                'made_by': repr(self),
-                'qids': self.qids_,
-                'history': self.history_.astype(object).where(self.history_.notna(), None).to_dict('list'),
-            }
-            meta = {
-                'type': self.ARTIFACT_TYPE,
-                'format': self.ARTIFACT_FORMAT,
-                'package_hint': self.ARTIFACT_PACKAGE_HINT,
-                'summary': summary,
-            }
-            (new / META).write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
-        self.path = path
+        fitted = Fitted(self._fitted(), self.plan_, self.history_, self.qids_)
+        fitted.save(Path(path), type(self), repr(self), overwrite=overwrite)
+        self.path = Path(path)
         return self
-
-    def _read(self, path: Path) -> None:
-        if not path.exists():
-            raise FileNotFoundError(
-                f'There is no {str(path)!r}. Give a ranker to prune, e.g. PrunedReranker(CrossEncoder(...)), or the '
-                'folder that PrunedReranker.save(path) made.'
-            )
-        meta = read_meta(path)
-        if not _is_ours(meta):
-            raise ValueError(
-                f'{str(path)!r} holds no saved PrunedReranker. To prune a model give the ranker, e.g. '
-                'PrunedReranker(CrossEncoder(...)).'
-            )
-        summary = meta['summary']
-        self.plan_, self.scores_ = Plan.load(path / _PLAN), None
-        self.model_ = _RANKERS[summary['ranker']](str(path / _RANKER), **summary['settings'])
-        self.history_, self.qids_ = pd.DataFrame(summary['history']), summary['qids']
 
     # -- how the stage is shown
 
@@ -334,15 +321,13 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
     def __repr__(self) -> str:
         """Tells the settings that differ from the defaults."""
         if not isinstance(self.model, Ranker):
-            return f'PrunedReranker({str(self.model)!r})'
+            return f'{type(self).__name__}({str(self.model)!r})'
         shown = [repr(self.model)]
-        if self.plan is not None:
-            shown.append(f'plan={self.plan!r}')
-        else:
-            shown.append(repr(self._criterion))
-            how_much = f'speedup={self.speedup!r}' if self.speedup is not None else f'sparsity={self._sparsity!r}'
-            shown += [how_much, f'budget={self.budget!r}', f'allocation={self.allocation!r}']
-        return f'PrunedReranker({", ".join(shown)}, recovery={tuple(self.recovery)!r})'
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name)
+            if name != 'model' and value is not parameter.default and value != parameter.default:
+                shown.append(f'{name}={value!r}')
+        return f'{type(self).__name__}({", ".join(shown)})'
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Shows no parts in a drawn pipeline."""
@@ -354,15 +339,8 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         return {'label': type(self).__name__, 'help_url': None}
 
 
-def _settings(model: Ranker) -> dict[str, Any]:
-    """Returns the settings that the files of a saved ranker do not say."""
-    own = {'label': model.label} if isinstance(model, CrossEncoder) else {}
-    dtype = model.dtype or str(next(model.encoder.module.parameters()).dtype).removeprefix('torch.')
-    return {'text_field': model.text_field, 'dtype': dtype, **own}
-
-
-def _is_ours(meta: dict[str, Any]) -> bool:
-    return (meta.get('type'), meta.get('format')) == (PrunedReranker.ARTIFACT_TYPE, PrunedReranker.ARTIFACT_FORMAT)
+def _qids(data: FitData) -> set[str]:
+    return set(data.frame['qid'].astype(str))
 
 
 def _mean_tokens(model: Ranker, data: FitData) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +12,10 @@ from torch import nn
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.encoded import Encoded
 from pyterrier_mech.prune.protocol import sample
+from pyterrier_mech.rankers.batching import in_batches
 from pyterrier_mech.rankers.encoder import Context, Layer
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.rankers.resizing import check_resizable
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Rescaling:
     A sublayer adds W a + b to the residual stream, a being the outputs of its heads or its neurons. Where units are
     gone, W and b are chosen anew by ridge regression, so that the stream is what it was in the unpruned ranker:
     the target contains what earlier layers have missed. Kwon et al. fit one scale a unit; here every remaining
-    unit's weights are free, which contains that.
+    unit's weights are free, which contains that. Tokens that nobody reads, padding and, where the first token is
+    pooled, the others of the last layer, are left out. Where nothing is missing nothing changes.
 
     Args:
         max_pairs: How many rows are used, drawn evenly from the queries.
-        ridge: Weight of the distance from the weights that surgery left, relative to the mean square of the inputs.
+        ridge: Weight of the squared distance from the weights that surgery left, relative to the mean square of the
+            inputs a.
         seed: Of the draw.
 
     Source: Kwon et al., NeurIPS 2022, arXiv 2204.09656 (mask tuning).
@@ -50,10 +53,11 @@ class Rescaling:
             validation: Not looked at.
 
         Raises:
-            ValueError: If a setting is out of range.
+            ValueError: If a setting is out of range, or no units of the family can be removed.
         """
         if self.max_pairs < 1 or not self.ridge > 0:
             raise ValueError(f'max_pairs={self.max_pairs!r} and ridge={self.ridge!r} must be positive')
+        check_resizable(teacher.encoder.base.config.model_type)
         rows = sample(data, self.max_pairs, self.seed).frame
         encoded = Encoded.of(teacher, rows['query'].tolist(), rows['text'].tolist())
         first_only = teacher.pooling_ == 'cls'
@@ -81,43 +85,38 @@ class _Stream:
     real: torch.Tensor
 
 
-def _streams(teacher: Ranker, encoded: Encoded, tower: int) -> Iterator[_Stream]:
-    lengths = encoded.lengths(tower)
-    order = np.argsort(-lengths, kind='stable')
-    start = 0
-    while start < len(order):
-        rows = order[start : start + max(1, teacher.loaded.budget.tokens // int(lengths[order[start]]))]
+def _streams(teacher: Ranker, encoded: Encoded, tower: int) -> list[_Stream]:
+    def step(rows: np.ndarray) -> _Stream:
         inputs = encoded.inputs(tower, rows)
         trace = teacher.encoder.trace(inputs)
-        yield _Stream(trace.x[0], trace.x[0], trace.contexts, inputs['attention_mask'].bool())
-        start += len(rows)
+        return _Stream(trace.x[0], trace.x[0], trace.contexts, inputs['attention_mask'].bool())
+
+    lengths, verbose = encoded.lengths(tower), teacher.verbose
+    return [found for _, found in in_batches(lengths, teacher.loaded.budget, step, verbose=verbose, desc='Rescaling')]
 
 
 def _fit_layer(whole: Layer, small: Layer, streams: list[_Stream], number: int, ridge: float, first_only: bool) -> None:
     """Fits both projections of a layer and moves the streams past it."""
     fit = _Fit(small.attention_out, ridge)
-    inputs = []
+    heads = []
     for stream in streams:
         context = stream.contexts[number]
-        z = small.z(stream.small, context)
+        heads.append(small.z(stream.small, context))
         target = stream.whole + whole.attention_out(whole.z(stream.whole, context))
-        fit.add(z, target - stream.small, stream.real, first_only)
-        inputs.append((z, target))
-    fit.solve(whole.n_heads)
-    for stream, (z, target) in zip(streams, inputs, strict=True):
+        fit.add(heads[-1], target - stream.small, stream.real, first_only)
         stream.whole = whole.norm_attention(target)
+    fit.solve()
+    for stream, z in zip(streams, heads, strict=True):
         stream.small = small.norm_attention(stream.small + small.attention_out(z))
     fit = _Fit(small.mlp_out, ridge)
-    inputs = []
     for stream in streams:
-        a = small.activation(small.mlp_in(stream.small))
         target = stream.whole + whole.mlp(stream.whole)
-        fit.add(a, target - stream.small, stream.real, first_only)
-        inputs.append((a, target))
-    fit.solve(whole.n_neurons)
-    for stream, (a, target) in zip(streams, inputs, strict=True):
+        fit.add(small.activation(small.mlp_in(stream.small)), target - stream.small, stream.real, first_only)
         stream.whole = whole.norm_mlp(target)
-        stream.small = small.norm_mlp(stream.small + small.mlp_out(a))
+    fit.solve()
+    for stream in streams:
+        # Neurons are computed twice: those of all batches at once would be most of the memory.
+        stream.small = small.norm_mlp(stream.small + small.mlp(stream.small))
 
 
 class _Fit:
@@ -139,7 +138,7 @@ class _Fit:
         self.gram += a.T @ a
         self.cross += a.T @ y
 
-    def solve(self, n_units: int) -> None:
+    def solve(self) -> None:
         """Puts the solution into the map."""
         linear = self.linear
         old = torch.cat([linear.weight, linear.bias[:, None]], dim=1).double().T

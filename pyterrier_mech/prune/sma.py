@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,6 +61,9 @@ class SMA:
         min_rel: The lowest label that is relevant.
         seed: Of the draw of pairs, and of the intervals in discovery.
 
+    Attributes:
+        qids: Queries that the given circuit was found on: they had a say in what is kept.
+
     Source: parts of it: Michel, Levy, Neubig, NeurIPS 2019, arXiv 1905.10650 (ablation, first-order estimate); Chen,
     Merullo, Eickhoff, SIGIR 2024, arXiv 2405.02503 (patched heads of rankers).
     """
@@ -74,10 +77,12 @@ class SMA:
     max_pairs: int | None = 200
     min_rel: int = 1
     seed: int = 0
+    qids: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Reads the circuit as units, so that equal circuits make equal criteria."""
         if self.circuit is not None:
+            object.__setattr__(self, 'qids', tuple(getattr(self.circuit, 'qids', self.qids)))
             object.__setattr__(self, 'circuit', Units.of(self.circuit))
 
     def scores(self, model: Ranker, data: FitData) -> UnitScores:

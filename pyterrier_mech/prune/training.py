@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ class Schedule:
         texts_per_query: Texts of one query that are compared with each other.
         queries_per_batch: Such groups in a batch.
         patience: Validations without improvement after which training ends; the best weights are kept in any case.
-        validations: How often an epoch is validated.
+        validations: How often an epoch is validated; at most after every step.
         seed: Of the order of the data.
         checkpoint: File in which progress is kept.
         checkpoint_every: Steps between two writes.
@@ -62,19 +65,31 @@ class Schedule:
             raise ValueError(f'learning_rate={self.learning_rate!r} is not positive')
 
 
+def check_comparable(data: FitData) -> None:
+    """Checks that there are texts to compare.
+
+    Raises:
+        ValueError: If no query has two rows.
+    """
+    qids = data.frame['qid'].astype(str)
+    if not qids.duplicated().any():
+        raise ValueError(f'none of the {len(qids)} queries has two texts to compare: retrieve more')
+
+
 def groups(data: FitData, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Returns groups of rows of one query each, in a random order that seed, epoch and content determine.
 
-    A query's rows are spread over groups of nearly equal size, at most `size`; queries with one row have no group.
+    A query's rows are spread over groups of nearly equal size, at most `size`, or three where two would leave one row
+    alone; queries with one row have no group.
     """
     rng = np.random.default_rng([seed, epoch])
-    keys = data.frame[['qid', 'docno', 'text']].astype(str)
+    keys = data.frame[['qid', 'docno', 'text']].astype(str).reset_index(drop=True)
     order = keys.sort_values(['qid', 'docno', 'text']).index.to_numpy()
     made = []
     for _, rows in keys.loc[order].groupby('qid', sort=True):
         if len(rows) > 1:
             mixed = rng.permutation(rows.index.to_numpy())
-            made += [part for part in np.array_split(mixed, -(-len(mixed) // size)) if len(part) > 1]
+            made += np.array_split(mixed, min(-(-len(mixed) // size), len(mixed) // 2))
     return [made[i] for i in rng.permutation(len(made))]
 
 
@@ -100,37 +115,47 @@ def train(
 ) -> pd.DataFrame:
     """Trains a ranker's layers and head in place; embeddings stay, dropout is off.
 
+    Weights are trained whether or not they require gradients; which do, and what gradients they hold, is afterwards
+    as it was.
+
     Args:
         student: The ranker; its module is changed.
         data: The rows.
         loss: Of a batch.
-        validate: What is to become small, if there is validation data. The weights that gave the least are kept.
+        validate: What is to become small, if there is validation data. The weights that gave the least are kept, be
+            they those from before training.
         schedule: How.
         keep_zeros: Whether weights that are zero now stay zero.
         identity: What else determines the result, for the checkpoint.
         desc: Label of the progress bar.
 
     Returns:
-        The history, one row a validation (or the last step): `step`, `loss` (mean since the row before), `validation`.
+        The history, one row whenever validation is due: `step`, `loss` (mean since the row before), `validation` (NaN
+        without validation data).
 
     Raises:
-        ValueError: If no query has two rows, the loss is not finite, or the checkpoint is of another run.
+        ValueError: If no query has two rows, the loss or its gradient is not finite, or the checkpoint is of another
+            run or none.
     """
+    check_comparable(data)
     plan = list(batches(data, schedule))
-    if not plan:
-        raise ValueError(f'none of the {data.frame["qid"].nunique()} queries has two texts to compare: retrieve more')
     names = trainable(student.encoder.module, student.encoder.base.get_input_embeddings())
     run = _Run(student, names, schedule, len(plan), _key(schedule, data, identity), keep_zeros)
-    every = max(1, len(plan) // (schedule.epochs * schedule.validations))
+    count = schedule.epochs * schedule.validations
+    due = {round(len(plan) * (i + 1) / count) for i in range(count)}
     with (
         student.computing(gradients=True),
+        _requiring(student.encoder.module, names),
         pt.tqdm(total=len(plan), initial=run.step, desc=desc, unit='step', disable=not student.verbose) as bar,
     ):
+        if run.step == 0 and validate is not None:
+            # Training that only harms then changes nothing.
+            run.note(validate)
         while run.step < len(plan) and run.stale < schedule.patience:
             value = run.advance(loss(*plan[run.step]))
             bar.update(1)
             bar.set_postfix(loss=f'{value:.4g}')
-            if run.step % every == 0 or run.step == len(plan):
+            if run.step in due:
                 run.note(validate)
             if schedule.checkpoint is not None and run.step % schedule.checkpoint_every == 0:
                 run.save()
@@ -141,7 +166,26 @@ def train(
 def trainable(module: nn.Module, embeddings: nn.Module) -> list[str]:
     """Returns the names of the parameters that training changes: all that do not make the embeddings."""
     frozen = {id(p) for p in embeddings.parameters()}
-    return [n for n, p in module.named_parameters() if id(p) not in frozen and 'embeddings.' not in n]
+    # ELECTRA widens its embeddings in a module beside them, 'embeddings_project'.
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in frozen and not any(part.startswith('embeddings') for part in name.split('.'))
+    ]
+
+
+@contextmanager
+def _requiring(module: nn.Module, names: list[str]) -> Iterator[None]:
+    """Has the named parameters, and no others, require gradients in the block."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    try:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in names)
+        yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
 
 
 class _Run:
@@ -164,21 +208,25 @@ class _Run:
 
     def advance(self, loss: torch.Tensor) -> float:
         """Takes one step down a loss."""
-        if not torch.isfinite(loss):
-            raise ValueError(f'the loss is {loss.item()} at step {self.step}: use a smaller learning_rate')
+        value = loss.item()
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True):
             if gradient is not None and name in self.zeros:
                 gradient = gradient.masked_fill(self.zeros[name], 0.0)
             parameter.grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0).item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise ValueError(
+                f'at step {self.step} the loss is {value} and its gradient has the norm {norm}: use a learning_rate '
+                f"smaller than {self.schedule.learning_rate!r}, or dtype='float32' if the ranker's is narrower"
+            )
         for group in self.optimizer.param_groups:
             group['lr'] = self.schedule.learning_rate * self.rates[self.step]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        self.losses.append(value)
+        return value
 
     def note(self, validate: Callable[[], float] | None) -> None:
         """Validates, and keeps the weights if they are the best so far."""
@@ -189,7 +237,7 @@ class _Run:
             self.stale += 1
             if value < self.best:
                 self.best, self.stale, self.kept = value, 0, self._copy()
-        self.history.append((self.step, float(np.mean(self.losses)), value))
+        self.history.append((self.step, float(np.mean(self.losses)) if self.losses else float('nan'), value))
         self.losses = []
 
     def finish(self, validated: bool) -> None:
@@ -200,18 +248,32 @@ class _Run:
             Path(self.schedule.checkpoint).unlink(missing_ok=True)
 
     def save(self) -> None:
-        """Writes all that is needed to go on; the file is complete or absent."""
+        """Writes all that is needed to go on; the file is what it was before, or complete."""
         path = Path(str(self.schedule.checkpoint))
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f'.{path.name}.new')
         state = {name: getattr(self, name) for name in _STATE}
-        torch.save(state | {'weights': self._copy(), 'optimizer': self.optimizer.state_dict()}, new)
-        os.replace(new, path)
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        try:
+            with new.open('wb') as file:
+                torch.save(state | {'weights': weights, 'optimizer': self.optimizer.state_dict()}, file)
+                file.flush()
+                # Else a machine that dies may keep the new name and lose the content.
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
 
     def _resume(self, path: Path) -> None:
-        device = next(iter(self.parameters.values())).device
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state['key'] != self.key:
+        try:
+            # The optimiser takes its state to the device itself, and wants its step counts on the CPU.
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            key = state['key']
+        except (EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f'{str(path)!r} is no checkpoint of a training: give another file, or delete it'
+            ) from error
+        if key != self.key:
             raise ValueError(
                 f'{str(path)!r} is the checkpoint of another run (other settings, data, or model): give another file, '
                 'or delete it'
@@ -235,7 +297,14 @@ _STATE = ('key', 'step', 'stale', 'best', 'history', 'losses', 'kept')
 
 def _key(schedule: Schedule, data: FitData, identity: str) -> str:
     """Returns a name for all that determines the result."""
-    digest = hashlib.sha256(repr((schedule, identity)).encode())
-    for row in data.frame[['qid', 'query', 'docno', 'text']].astype(str).itertuples(index=False):
-        digest.update(repr(tuple(row)).encode())
-    return digest.hexdigest()
+    neutral = replace(schedule, checkpoint=None, checkpoint_every=1)
+    return hashlib.sha256(repr((neutral, digest(data.frame), identity)).encode()).hexdigest()
+
+
+def digest(frame: pd.DataFrame) -> str:
+    """Returns a name for the queries, texts and judgements in a frame, whatever the order of its rows."""
+    names = [name for name in ('qid', 'query', 'docno', 'text', 'label') if name in frame.columns]
+    found = hashlib.sha256()
+    for row in sorted(frame[names].astype(str).itertuples(index=False, name=None)):
+        found.update(repr(row).encode())
+    return found.hexdigest()

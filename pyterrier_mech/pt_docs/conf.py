@@ -27,7 +27,8 @@ project = 'pyterrier-mech'
 release = version = pyterrier_mech.__version__
 html_title = f'{project} {release}'
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon']
-exclude_patterns = ['_build']
+# Tables that a page includes are no page of their own.
+exclude_patterns = ['_build', '*_results.rst']
 
 # Docstrings write code in single and in double backticks.
 default_role = 'literal'

@@ -106,7 +106,8 @@ def kept_counts(name: str) -> Counts | None:
     if saved is None:
         return None
     counts: dict[str, Any] = saved if isinstance(saved, dict) else {}
-    heads, neurons = counts.get('heads'), counts.get('neurons')
+    heads: Any = counts.get('heads')
+    neurons: Any = counts.get('neurons')
     if not (_are_counts(heads) and _are_counts(neurons)):
         raise ValueError(
             f"{PRUNED} of {name!r} has no lists of whole numbers, one a layer, under 'heads' and 'neurons': "

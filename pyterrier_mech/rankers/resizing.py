@@ -20,8 +20,8 @@ _WIDTHS = ('all_head_size', 'dim')
 class NoHeads(nn.Module):
     """Stands in for an attention module that has lost all its heads.
 
-    Hugging Face modules infer the number of heads from the number of elements, which are none here. Parameters, under
-    the same names, and settings are those of the module that it stands for.
+    Attention kernels are not all made for no heads, and none is needed. Parameters, under the same names, and settings
+    are those of the module that it stands for.
     """
 
     def __init__(self, attention: nn.Module, out: str | None):

@@ -1,0 +1,184 @@
+"""From scores to a plan: the units that stay under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from pyterrier_mech.patch.units import Units
+from pyterrier_mech.prune.allocation import ALLOCATIONS, Stack, fill, least_cost, stacks
+from pyterrier_mech.prune.costs import Costs, flop_costs, parameter_costs
+from pyterrier_mech.prune.plan import Plan, plan_keeping
+from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.rankers.resizing import check_resizable
+
+BUDGETS = ('flops', 'parameters', 'latency')
+
+
+def make_plan(
+    model: Ranker,
+    scores: UnitScores,
+    sparsity: float | None = None,
+    *,
+    budget: str = 'flops',
+    speedup: float | None = None,
+    allocation: str = 'global',
+    protect: Any = (),
+    multiple: int = 32,
+    tokens: float = 128,
+    latency: Costs | None = None,
+) -> Plan:
+    """Chooses the units that stay under a budget.
+
+    Args:
+        model: The ranker.
+        scores: What a criterion said of its units.
+        sparsity: The share of the cost of the encoder's layers that goes, between 0 and 1.
+        budget: What the cost is: 'flops' (that scoring executes), 'parameters', or 'latency' (time of the whole
+            ranker, tokenisation included).
+        speedup: For 'latency', instead of a sparsity: how many times as fast the ranker shall be.
+        allocation: 'uniform' (every layer keeps the same share), 'adaptive' (a layer keeps more where the mean score of
+            its units is higher, within half and twice) or 'global' (the best units for their cost, of any layer; whole
+            sublayers may go).
+        protect: Units that stay whatever their score, as `Units.of` accepts them; e.g. a `Circuit`.
+        multiple: Layers keep a multiple of so many neurons, or all or none; narrower products are no faster.
+        tokens: Length of the sequences that operations are counted for.
+        latency: The times that `latency_costs` measured; needed for 'latency'.
+
+    Raises:
+        ValueError: If a setting is not known or out of range, the scores or times are not for this ranker, its units
+            cannot be removed, or what must stay costs more than the budget.
+    """
+    protected = check_plan_settings(
+        model,
+        sparsity,
+        budget=budget,
+        speedup=speedup,
+        allocation=allocation,
+        protect=protect,
+        multiple=multiple,
+    )
+    scores.check(model)
+    costs = _costs(model, budget, tokens, latency)
+    made = stacks(scores, costs, protected, _widths(multiple))
+    room = _room(made, costs, protected, *_target(sparsity, speedup, budget))
+    prioritise, skip = ALLOCATIONS[allocation]
+    share = room / (costs.whole - costs.fixed)
+    taken, spent = fill(made, prioritise(made, scores.joint, share), room, skip=skip)
+    kinds: dict[str, set[tuple[int, int]]] = {'heads': set(), 'neurons': set()}
+    for stack, blocks in zip(made, taken, strict=True):
+        chosen = stack.order[: stack.edges[blocks]].tolist()
+        kinds[stack.kind].update((stack.layer, unit) for unit in chosen)
+    settings = {
+        'sparsity': None if sparsity is None else float(sparsity),
+        'speedup': None if speedup is None else float(speedup),
+        'budget': budget,
+        'allocation': allocation,
+        'multiple': int(multiple),
+        'tokens': float(tokens),
+        'protected': protected.names,
+        'kept_share': (spent + costs.fixed) / costs.whole,
+    }
+    return plan_keeping(model, Units(frozenset(kinds['heads']), frozenset(kinds['neurons'])), settings)
+
+
+def check_plan_settings(
+    model: Ranker,
+    sparsity: float | None,
+    *,
+    budget: str,
+    speedup: float | None,
+    allocation: str,
+    protect: Any,
+    multiple: int,
+) -> Units:
+    """Checks the settings of `make_plan`, and returns the protected units.
+
+    Raises:
+        ValueError: If one is not known or out of range, or units of the model cannot be removed.
+    """
+    _target(sparsity, speedup, budget)
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f'allocation={allocation!r} is none of {tuple(ALLOCATIONS)}')
+    if not isinstance(multiple, Integral) or multiple < 1:
+        raise ValueError(f'multiple={multiple!r} is no number of neurons; use 1 or more')
+    check_resizable(model.encoder.base.config.model_type)
+    return Units.of(protect).check(model)
+
+
+def check_budget(
+    model: Ranker,
+    sparsity: float | None,
+    *,
+    budget: str,
+    speedup: float | None,
+    protect: Any,
+    multiple: int,
+    tokens: float,
+    latency: Costs | None,
+) -> None:
+    """Checks that what must stay fits into the budget, which needs no scores.
+
+    Raises:
+        ValueError: If not.
+    """
+    layers = range(model.n_layers)
+    scores = UnitScores(
+        [np.zeros(model.n_heads(layer)) for layer in layers], [np.zeros(model.n_neurons(layer)) for layer in layers]
+    )
+    costs, protected = _costs(model, budget, tokens, latency), Units.of(protect)
+    made = stacks(scores, costs, protected, _widths(multiple))
+    _room(made, costs, protected, *_target(sparsity, speedup, budget))
+
+
+def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple[float, str]:
+    """Returns the share of the cost that stays, and what was asked for."""
+    if budget not in BUDGETS:
+        raise ValueError(f'budget={budget!r} is none of {BUDGETS}')
+    if speedup is not None:
+        if budget != 'latency' or sparsity is not None:
+            raise ValueError(
+                f"speedup={speedup!r} goes with budget='latency' and without sparsity, not with "
+                f'budget={budget!r} and sparsity={sparsity!r}'
+            )
+        if not speedup > 1:
+            raise ValueError(f'speedup={speedup!r} is not above 1; for twice as fast give 2')
+        return 1 / speedup, f'speedup={speedup!r}'
+    if sparsity is None or not 0 < sparsity < 1:
+        raise ValueError(f'sparsity={sparsity!r} is no share between 0 and 1; to take half away give 0.5')
+    return 1 - sparsity, f'sparsity={sparsity!r}'
+
+
+def _costs(model: Ranker, budget: str, tokens: float, latency: Costs | None) -> Costs:
+    if budget == 'latency':
+        if latency is None:
+            raise ValueError("budget='latency' needs times: give latency=latency_costs(model, frame)")
+        return latency.check(model)
+    if not tokens > 0:
+        raise ValueError(f'tokens={tokens!r} is no length of a sequence')
+    return parameter_costs(model) if budget == 'parameters' else flop_costs(model, tokens)
+
+
+def _widths(multiple: int) -> dict[str, int]:
+    return {'heads': 1, 'neurons': multiple}
+
+
+def _room(made: Sequence[Stack], costs: Costs, protected: Units, target: float, wanted: str) -> float:
+    """Returns what units may cost together.
+
+    Raises:
+        ValueError: If what must stay costs more.
+    """
+    room, least = target * costs.whole - costs.fixed, least_cost(made)
+    if least > room + 1e-9 * costs.whole:
+        raise ValueError(
+            f'{wanted} leaves {target:.1%} of the {costs.unit}, but what must stay takes '
+            f'{(least + costs.fixed) / costs.whole:.1%}: {len(protected)} protected units '
+            f'{least / costs.whole:.1%}, what no unit owns {costs.fixed / costs.whole:.1%}. '
+            f'{"Protect fewer, or ask" if protected else "Ask"} for less'
+        )
+    return room

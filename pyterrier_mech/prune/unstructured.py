@@ -1,0 +1,88 @@
+"""Single weights set to zero, for comparison with whole units: no smaller and no faster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import nn
+
+from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.prune.surgery import around
+from pyterrier_mech.rankers.encoder import Encoder, Layer
+from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.rankers.resizing import check_resizable
+
+_Weighted = tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]
+
+
+def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = None) -> Ranker:
+    """Returns a copy of a ranker in which single weights of the encoder's linear maps are zero.
+
+    It is there for comparison alone: the copy is as large as the ranker and no faster, since dense products do not
+    skip zeros. Training fills the zeros again, unless `Distillation(keep_zeros=True)` or `FineTuning(keep_zeros=True)`
+    masks their gradients. Their `recover` takes the copy as student and the ranker as teacher.
+
+    The smallest |w| of all layers go first. With `scores`, |w| is multiplied by the importance of the unit that the
+    weight belongs to: (rank − ½) / n of its score among all n units of its kind, between 0 and 1. To a head belong
+    its rows of the query, key and value maps and its columns of the output map; to a neuron its row of the first map
+    of the feed-forward block and its column of the last. Biases stay.
+
+    Args:
+        model: The ranker, which stays as it is; of a family whose units can be removed.
+        sparsity: The share of these weights that is zero, between 0 and 1. Exactly round(sparsity · n) of the n
+            weights are; of equal ones those of earlier layers and places.
+        scores: What a criterion said of the units, e.g. `SMA().scores(model, data)`.
+
+    Raises:
+        ValueError: If the sparsity is out of range, the scores are not for this ranker, or the family is another.
+
+    Source: Han, Pool, Tran, Dally, NeurIPS 2015, arXiv 1506.02626.
+    """
+    if not 0 < sparsity < 1:
+        raise ValueError(f'sparsity={sparsity!r} is no share between 0 and 1; to set half to zero give 0.5')
+    check_resizable(model.encoder.base.config.model_type)
+    if scores is not None:
+        scores.check(model)
+    module = copy.deepcopy(model.encoder.module)
+    layers = Encoder(module).layers
+    heads = _importance(None if scores is None else scores.heads, [layer.n_heads for layer in layers])
+    neurons = _importance(None if scores is None else scores.neurons, [layer.n_neurons for layer in layers])
+    parts = [part for layer, h, n in zip(layers, heads, neurons, strict=True) for part in _parts(layer, h, n)]
+    sizes = torch.cat([weigh(linear.weight.detach().abs().double()).flatten() for linear, weigh in parts])
+    gone = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
+    gone[sizes.argsort(stable=True)[: round(sparsity * len(sizes))]] = True
+    with torch.no_grad():
+        for (linear, _), mask in zip(parts, gone.split([part.weight.numel() for part, _ in parts]), strict=True):
+            linear.weight.masked_fill_(mask.view_as(linear.weight), 0.0)
+    return around(model, module)
+
+
+def _importance(scores: Sequence[np.ndarray] | None, counts: Sequence[int]) -> list[np.ndarray]:
+    """Returns a factor in (0, 1] for every unit of a kind, layer by layer."""
+    if scores is None:
+        return [np.ones(count) for count in counts]
+    # Less a half: so the mean factor is ½ for either kind, however many units there are.
+    ranks = (rankdata(np.concatenate(scores)) - 0.5) / max(1, sum(counts))
+    return np.split(ranks, np.cumsum(counts)[:-1])
+
+
+def _parts(layer: Layer, heads: np.ndarray, neurons: np.ndarray) -> list[_Weighted]:
+    """Returns the linear maps of a layer, each with what multiplies its weights by the factors of their units."""
+
+    def rows(factors: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weight: weight * torch.from_numpy(factors).to(weight)[:, None]
+
+    def columns(factors: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weight: weight * torch.from_numpy(factors).to(weight)
+
+    of_heads = heads.repeat(layer.head_dim)
+    return [
+        *((part, rows(of_heads)) for part in layer.qkv_parts),
+        (layer.attention_out, columns(of_heads)),
+        (layer.mlp_in, rows(neurons)),
+        (layer.mlp_out, columns(neurons)),
+    ]

@@ -1,0 +1,296 @@
+"""The estimator: fitted in a pipeline, judged on other queries, and checked before any work."""
+
+import functools
+
+import ir_measures
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from conftest import QUERIES, TEXTS, assets, toy_bi_encoder, toy_cross_encoder
+
+from pyterrier_mech import CrossEncoder, PatchHeads, PrunedReranker, stats
+from pyterrier_mech.prune import (
+    SMA,
+    Distillation,
+    FineTuning,
+    Fisher,
+    Magnitude,
+    Movement,
+    Patching,
+    Plan,
+    Random,
+    Rescaling,
+    prune_units,
+)
+from pyterrier_mech.results import Circuit
+
+ROWS = [(f'q{i}', query, f'd{j}', text) for i, query in enumerate(QUERIES) for j, text in enumerate(TEXTS)]
+FRAME = pd.DataFrame(ROWS, columns=['qid', 'query', 'docno', 'text'])
+QRELS = FRAME[['qid', 'docno']].assign(label=[(7 * i) % 3 for i in range(len(FRAME))])
+TRAIN, OTHER = FRAME[FRAME['qid'] < 'q2'], FRAME[FRAME['qid'] >= 'q2']
+SMALL = {'multiple': 8}
+
+cross = functools.cache(toy_cross_encoder)
+
+
+class Refusing:
+    """A criterion that must not be asked."""
+
+    needs = frozenset({'text'})
+
+    def scores(self, model, data):
+        raise AssertionError('there was work')
+
+
+def fitted(model=None, criterion=None, frame=TRAIN, qrels=QRELS, validation=None, **options):
+    stage = PrunedReranker(model or cross('bert'), criterion, **{**SMALL, **options})
+    stage.fit(frame, qrels, validation, None if validation is None else QRELS)
+    return stage
+
+
+def weights(model):
+    return {name: part.clone() for name, part in model.encoder.module.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- fitting
+
+
+@pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
+def test_fit_leaves_model_and_frame_and_makes_a_smaller_ranker(make):
+    model, frame = make('bert'), TRAIN.copy()
+    before = weights(model)
+    stage = PrunedReranker(model, **SMALL)
+    assert not stage.fitted and stage.fit(frame, QRELS, None, None) is None
+    assert same(weights(model), before) and frame.equals(TRAIN)
+    plan = stage.plan_
+    assert plan.check(model) is plan and 0 < len(plan.removed)
+    assert stage.model_.head_counts == list(map(len, plan.heads))
+    assert type(stage.model_) is type(model) and stage.model_ is not model
+    assert plan.settings['kept_share'] <= 0.5 and plan.settings['criterion'] == repr(Fisher())
+    assert stage.qids_ == plan.settings['qids'] == ['q0', 'q1'] and stage.scores_.joint
+    assert list(stage.history_) == ['recovery', 'step', 'loss', 'validation'] and not len(stage.history_)
+    res = stage(OTHER)
+    np.testing.assert_array_equal(res['score'], stage.model_.score(OTHER['query'].tolist(), OTHER['text'].tolist()))
+    assert res.equals(pt.model.add_ranks(OTHER.assign(score=res['score'])))
+
+
+def test_nothing_depends_on_the_order_of_rows():
+    recovery = (Rescaling(), Distillation(epochs=1))
+    one, other = (
+        fitted(frame=frame, validation=OTHER, recovery=recovery)
+        for frame in (TRAIN, TRAIN.sample(frac=1, random_state=3).set_axis(list('abcdefgh')))
+    )
+    assert one.plan_ == other.plan_ and same(weights(one.model_), weights(other.model_))
+    pd.testing.assert_frame_equal(one.history_, other.history_)
+    assert set(one.history_['recovery']) == {'Distillation'} and one.history_['validation'].notna().all()
+    assert one.qids_ == ['q0', 'q1', 'q2', 'q3']
+
+
+def test_recoveries_follow_each_other_and_one_needs_no_tuple():
+    plain = fitted(recovery=())
+    assert same(weights(plain.model_), weights(prune_units(cross('bert'), plain.plan_.heads, plain.plan_.neurons)))
+    one, two = fitted(recovery=Rescaling()), fitted(recovery=(Rescaling(), FineTuning(epochs=1)))
+    assert one.plan_ == plain.plan_ == two.plan_
+    scores = [stage(OTHER)['score'].to_numpy() for stage in (plain, one, two)]
+    assert all(np.abs(a - b).max() > 1e-6 for a, b in zip(scores, scores[1:], strict=False))
+
+
+def test_a_given_plan():
+    plan = Plan.removing(cross('bert'), ['L0H1', 'L1N3'])
+    stage = PrunedReranker(cross('bert'), plan=plan, recovery=())
+    stage.fit(TRAIN)
+    assert stage.plan_ is plan and stage.scores_ is None
+    expected = prune_units(cross('bert'), plan.heads, plan.neurons)(OTHER)
+    assert stage(OTHER).equals(expected)
+    again = PrunedReranker(cross('bert'), plan=fitted().plan_)
+    again.fit(FRAME[FRAME['qid'] == 'q2'])
+    assert again.qids_ == ['q0', 'q1', 'q2']
+
+
+def test_latency_is_measured_on_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTERRIER_HOME', str(tmp_path))
+    stage = fitted(criterion=Random(), budget='latency', sparsity=0.05)
+    assert stage.plan_.settings['kept_share'] <= 0.95 and list(tmp_path.rglob('*.json'))
+
+
+def test_text_field():
+    frame = TRAIN.rename(columns={'text': 'body'})
+    stage = fitted(frame=frame, text_field='body')
+    assert stage.plan_ == fitted().plan_ and stage.model_.text_field == 'body'
+    res = stage(OTHER.rename(columns={'text': 'body'}))
+    np.testing.assert_array_equal(res['score'], fitted()(OTHER)['score'])
+
+
+# -- the stage
+
+
+def test_before_fit():
+    stage = PrunedReranker(cross('bert'))
+    with pytest.raises(ValueError, match=r'has not been fitted: call fit\(res, qrels'):
+        stage(OTHER)
+    with pytest.raises(ValueError, match='has not been fitted'):
+        stage.save('nowhere')
+
+
+@pytest.mark.parametrize('make', [lambda: PrunedReranker(cross('bert')), fitted], ids=['unfitted', 'fitted'])
+def test_conventions(make):
+    stage = make()
+    assert pt.inspect.transformer_inputs(stage) == [['qid', 'docno', 'query', 'text']]
+    outputs = pt.inspect.transformer_outputs(stage, ['qid', 'query', 'docno', 'text'])
+    assert outputs == ['qid', 'query', 'docno', 'text', 'score', 'rank']
+    empty = stage(FRAME.head(0))
+    assert list(empty) == outputs and not len(empty)
+    case = pt.testing.transformer_test_class(lambda: stage)
+    case.setUpClass()
+    for method in ('test_inspect_io', 'test_schematic'):
+        assert case(method).run().wasSuccessful()
+    case.tearDownClass()
+    with pytest.raises(pt.validate.InputValidationError, match='text loader'):
+        stage(FRAME.drop(columns='text'))
+
+
+def test_repr_tells_what_differs():
+    stage = PrunedReranker(cross('bert'), Random(seed=3), 0.4, protect=['L0H1'], recovery=())
+    options = "criterion=Random(seed=3), sparsity=0.4, protect=['L0H1'], recovery=()"
+    assert repr(stage) == f'PrunedReranker({cross("bert")!r}, {options})'
+
+
+def test_experiment_and_analysis():
+    pruned, model = fitted(), cross('bert')
+    given = pt.Transformer.from_df(OTHER.assign(score=0.0, rank=0))
+    table = pt.Experiment(
+        [given, given >> model, given >> pruned],
+        OTHER[['qid', 'query']].drop_duplicates(),
+        QRELS,
+        ['ndcg_cut_10'],
+        baseline=1,
+    )
+    assert len(table) == 3 and np.isfinite(table['ndcg_cut_10']).all()
+    pairs = OTHER.assign(text_0=OTHER['text'], text=OTHER['text'] + ' rust')
+    heads = [c for c in PatchHeads(pruned.model_)(pairs).columns if c.startswith('L') and 'H' in c]
+    assert len(heads) == sum(map(len, pruned.plan_.heads)) > 0
+
+
+# -- queries that had a say do not judge
+
+
+def test_judging():
+    stage = fitted(validation=FRAME[FRAME['qid'] == 'q2'])
+    last = FRAME[FRAME['qid'] == 'q3']
+    found = stage.compare(last, QRELS, ['ndcg_cut_10', ir_measures.RR])
+    assert found.table['n_queries'].tolist() == [1, 1]
+    runs = cross('bert')(last), {'pruned': stage(last)}
+    pd.testing.assert_frame_equal(
+        found.per_query, stats.compare(*runs, QRELS, ['ndcg_cut_10', ir_measures.RR]).per_query
+    )
+    for seen in ('q0', 'q2'):
+        frame = FRAME[FRAME['qid'].isin([seen, 'q3'])]
+        with pytest.raises(ValueError, match=f"queries that would judge .*'{seen}'"):
+            stage.compare(frame, QRELS, ['ndcg_cut_10'])
+        with pytest.raises(ValueError, match=f"queries that would judge .*'{seen}'"):
+            stats.compare(cross('bert')(frame), stage(frame), QRELS, ['ndcg_cut_10'])
+
+
+def test_queries_of_circuits_and_of_rankers_before():
+    circuit = Circuit.from_units(['L0H1'], qids=['q3'])
+    assert fitted(protect=circuit).qids_ == ['q0', 'q1', 'q3']
+
+    class Informed(Refusing):
+        def scores(self, model, data):
+            return Random().scores(model, data)
+
+    criterion = Informed()
+    criterion.circuit = circuit
+    assert fitted(criterion=criterion).qids_ == ['q0', 'q1', 'q3']
+    one, two = fitted(), fitted(frame=FRAME[FRAME['qid'] == 'q2'])
+    assert (one >> two)(OTHER).attrs['pyterrier_mech.fitted_on'] == ['q0', 'q1', 'q2']
+
+
+def test_queries_of_the_circuit_of_sma():
+    assert fitted(criterion=SMA(circuit=Circuit.from_units(['L0H1'], qids=['q3']))).qids_ == ['q0', 'q1', 'q3']
+
+
+# -- bad input, before any work
+
+
+@pytest.mark.parametrize(
+    'options, data, message',
+    [
+        ({'sparsity': 0.0}, {}, 'sparsity=0.0 is no share'),
+        ({'sparsity': 1.5}, {}, 'sparsity=1.5 is no share'),
+        ({'speedup': 2.0}, {}, "speedup=2.0 goes with budget='latency'"),
+        ({'allocation': 'even'}, {}, 'allocation='),
+        ({'protect': ['L5H0']}, {}, 'no head 0 in layer 5'),
+        ({'sparsity': 0.95, 'protect': ['L0H0', 'L0H1']}, {}, 'what must stay takes'),
+        ({'model': cross('mpnet')}, {}, 'cannot be removed'),
+        ({'plan': Plan.removing(cross('bert'), ['L0H0'])}, {}, 'takes the place of criterion'),
+        ({'recovery': (FineTuning(),)}, {'qrels': None}, 'FineTuning needs judgements'),
+        ({'criterion': Movement()}, {'qrels': None}, 'needs judgements'),
+        ({'criterion': Patching()}, {}, 'Patching needs a second version of each text: put Perturb'),
+        ({}, {'qrels': QRELS.assign(qid='x')}, 'give the qrels of these topics'),
+        ({'recovery': FineTuning()}, {'qrels': QRELS.assign(docno='x')}, 'none of the 8 rows is judged'),
+        ({}, {'qrels': QRELS.drop(columns='label')}, "the qrels have no 'label'"),
+        ({}, {'validation': FRAME[FRAME['qid'] >= 'q1']}, "1 queries are in both .* 'q1'"),
+        ({}, {'frame': TRAIN.drop(columns='text')}, "no 'text': put a first stage and a text loader before"),
+        ({}, {'frame': TRAIN.head(0)}, 'has no rows'),
+        ({}, {'frame': TRAIN.assign(text=None)}, 'have no string in column'),
+        ({}, {'frame': TRAIN.assign(text_0=np.nan)}, "no string in column 'text_0'"),
+    ],
+)
+def test_bad_input_before_any_work(options, data, message):
+    options = {'model': cross('bert'), 'criterion': Refusing(), **options}
+    stage = PrunedReranker(options.pop('model'), options.pop('criterion'), **{**SMALL, **options})
+    data = {'frame': TRAIN, 'qrels': QRELS, 'validation': None, **data}
+    with pytest.raises(ValueError, match=message):
+        stage.fit(data['frame'], data['qrels'], data['validation'], None)
+    assert not stage.fitted
+    with pytest.raises(AssertionError, match='there was work'):
+        PrunedReranker(cross('bert'), Refusing(), **SMALL).fit(TRAIN, QRELS)
+
+
+def test_a_plan_for_another_model():
+    plan = Plan.removing(toy_cross_encoder('bert', seed=1), ['L0H0'])
+    with pytest.raises(ValueError, match='this plan is for a model of other weights'):
+        PrunedReranker(cross('bert'), plan=plan).fit(TRAIN)
+
+
+def test_what_is_no_step_or_ranker():
+    for options in ({'criterion': Fisher}, {'criterion': 0.5}, {'recovery': [Magnitude()]}):
+        with pytest.raises(TypeError, match='give an object'):
+            PrunedReranker(cross('bert'), **options).fit(TRAIN)
+    with pytest.raises(TypeError, match='is no ranker'):
+        PrunedReranker(cross('bert').model)
+
+
+# -- the real one
+
+
+def test_the_real_cross_encoder_in_a_pipeline():
+    folder = assets()
+    text = {'qid': str, 'docno': str}
+    topics = pd.read_csv(folder / 'dl' / 'topics.tsv', sep='\t', dtype=text)
+    qrels = pd.read_csv(folder / 'dl' / 'qrels.tsv', sep='\t', dtype=text)
+    docs = pd.read_json(folder / 'dl' / 'docs.jsonl.gz', lines=True, dtype=text)
+    chosen = [topics[topics['split'] == split].head(2) for split in ('train', 'dev')]
+    judged = qrels.groupby('qid').head(6).merge(docs, on='docno')
+    judged['text'] = judged['text'].str[:200]
+    res = pd.concat(chosen).merge(judged, on='qid').drop(columns=['split', 'label'])
+    res = pt.model.add_ranks(res.assign(score=0.0))
+    model = CrossEncoder(str(folder / 'models' / 'ce-minilm-l6'), device='cpu')
+    pruned = PrunedReranker(model, sparsity=0.3)
+    pipeline = pt.Transformer.from_df(res) >> pruned
+    pipeline.fit(chosen[0][['qid', 'query']], qrels, None, None)
+    assert pruned.plan_.check(model) and 0.69 < pruned.plan_.settings['kept_share'] <= 0.7
+    assert all(len(layer) % 32 == 0 for layer in pruned.plan_.neurons)
+    found = pruned.compare(res[res['qid'].isin(chosen[1]['qid'])], qrels, ['ndcg_cut_10'])
+    assert found.scores['pearson'].iloc[0] > 0.5
+    dev = pipeline(chosen[1][['qid', 'query']])
+    assert len(dev) == 12 and dev['score'].dtype == np.float32
+    with pytest.raises(ValueError, match='would judge'):
+        stats.compare(model(res), pipeline(pd.concat(chosen)[['qid', 'query']]), qrels, ['ndcg_cut_10'])

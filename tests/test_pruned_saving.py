@@ -1,0 +1,163 @@
+"""Pruned rankers in folders and archives: loaded without the checkpoint, and equal to the bit."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
+
+from pyterrier_mech import BiEncoder, CrossEncoder, PatchHeads, PrunedReranker
+from pyterrier_mech.prune import Distillation, Rescaling
+from pyterrier_mech.results import Circuit
+
+ROWS = [(f'q{i}', query, f'd{j}', text) for i, query in enumerate(QUERIES) for j, text in enumerate(TEXTS)]
+FRAME = pd.DataFrame(ROWS, columns=['qid', 'query', 'docno', 'text'])
+TRAIN, OTHER = FRAME[FRAME['qid'] < 'q2'], FRAME[FRAME['qid'] >= 'q2']
+
+KINDS = {
+    'float32': lambda: toy_cross_encoder('bert', dtype=torch.float32),
+    'float64': lambda: toy_cross_encoder('distilbert'),
+    'label': lambda: toy_cross_encoder('electra', num_labels=3, label=2, max_length=30),
+    'mean': lambda: toy_bi_encoder('bert', pooling='mean'),
+    'cls': lambda: toy_bi_encoder('roberta', pooling='cls', similarity='dot'),
+}
+
+
+def fitted(model=None, **options):
+    options = {'multiple': 8, 'recovery': (Rescaling(), Distillation(epochs=2)), **options}
+    stage = PrunedReranker(model or KINDS['float32'](), **options)
+    stage.fit(TRAIN, None, FRAME[FRAME['qid'] == 'q2'])
+    return stage
+
+
+def refuse(*_, **__):
+    raise AssertionError('there was work')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_loaded_is_saved_bit_for_bit(kind, tmp_path):
+    stage = fitted(KINDS[kind]())
+    assert stage.save(tmp_path / 'small') is stage and stage.path == tmp_path / 'small'
+    expected = stage(OTHER)
+    for loaded in (PrunedReranker(tmp_path / 'small'), pt.Artifact.load(str(tmp_path / 'small'))):
+        assert type(loaded) is PrunedReranker and loaded.fitted and loaded.scores_ is None
+        res = loaded(OTHER)
+        pd.testing.assert_frame_equal(res, expected, check_exact=True)
+        assert res.attrs == expected.attrs == {'pyterrier_mech.fitted_on': ['q0', 'q1', 'q2']}
+        assert loaded.plan_ == stage.plan_ and loaded.plan_.settings == stage.plan_.settings
+        assert loaded.qids_ == stage.qids_ == ['q0', 'q1', 'q2']
+        pd.testing.assert_frame_equal(loaded.history_, stage.history_, check_dtype=False)
+        assert type(loaded.model_) is type(stage.model_) and loaded.model_.head_counts == stage.model_.head_counts
+        assert repr(loaded) == f'PrunedReranker({str(tmp_path / "small")!r})'
+    assert [path.name for path in tmp_path.iterdir()] == ['small']
+
+
+def test_the_ranker_alone_and_a_second_analysis(tmp_path):
+    stage = fitted()
+    stage.save(tmp_path / 'small')
+    ranker = CrossEncoder(str(tmp_path / 'small' / 'ranker'), device='cpu')
+    np.testing.assert_array_equal(ranker(OTHER)['score'], stage(OTHER)['score'])
+    pairs = OTHER.assign(text_0=OTHER['text'], text=OTHER['text'] + ' rust')
+    ours, theirs = PatchHeads(ranker)(pairs), PatchHeads(stage.model_)(pairs)
+    pd.testing.assert_frame_equal(ours, theirs)
+    bi = fitted(KINDS['mean']())
+    bi.save(tmp_path / 'bi')
+    again = BiEncoder(str(tmp_path / 'bi' / 'ranker'), dtype='float64', device='cpu')
+    np.testing.assert_array_equal(again(OTHER)['score'], bi(OTHER)['score'])
+
+
+def test_a_saved_one_is_not_fitted_but_its_ranker_can_be_pruned_again(tmp_path):
+    fitted(sparsity=0.2, text_field=None).save(tmp_path / 'small')
+    loaded = PrunedReranker(str(tmp_path / 'small'))
+    with pytest.raises(ValueError, match='is fitted already: to prune it again, give its model_'):
+        loaded.fit(TRAIN)
+    with pytest.raises(TypeError, match='the unpruned ranker is not saved'):
+        loaded.compare(OTHER, OTHER[['qid', 'docno']].assign(label=1), ['ndcg_cut_10'])
+    again = fitted(loaded.model_, sparsity=0.4)
+    assert again.plan_.of_heads == tuple(map(len, loaded.plan_.heads))
+    again.save(tmp_path / 'smaller')
+    np.testing.assert_array_equal(PrunedReranker(tmp_path / 'smaller')(OTHER)['score'], again(OTHER)['score'])
+
+
+def test_text_field_and_circuit_are_saved(tmp_path):
+    circuit = Circuit.from_units(['L0H1'], qids=['q9'])
+    stage = PrunedReranker(KINDS['float32'](), text_field='body', protect=circuit, multiple=8)
+    stage.fit(TRAIN.rename(columns={'text': 'body'}))
+    stage.save(tmp_path / 'small')
+    loaded = PrunedReranker(tmp_path / 'small')
+    assert loaded.qids_ == ['q0', 'q1', 'q9']
+    frame = OTHER.rename(columns={'text': 'body'})
+    pd.testing.assert_frame_equal(loaded(frame), stage(frame), check_exact=True)
+
+
+def test_what_may_be_replaced(tmp_path, monkeypatch):
+    stage = fitted()
+    stage.save(tmp_path / 'small')
+    with pytest.raises(FileExistsError, match='pass overwrite=True'):
+        stage.save(tmp_path / 'small')
+    stage.save(tmp_path / 'small', overwrite=True)
+    # It may even replace itself, with the weights that it has not loaded yet.
+    PrunedReranker(tmp_path / 'small').save(tmp_path / 'small', overwrite=True)
+    np.testing.assert_array_equal(PrunedReranker(tmp_path / 'small')(OTHER)['score'], stage(OTHER)['score'])
+    Circuit.from_units(['L0H1']).save(tmp_path / 'circuit')
+    (tmp_path / 'thesis').mkdir()
+    for other in ('circuit', 'thesis'):
+        with pytest.raises(FileExistsError, match='holds no saved PrunedReranker, so it stays'):
+            stage.save(tmp_path / other, overwrite=True)
+        with pytest.raises(ValueError, match='holds no saved PrunedReranker'):
+            PrunedReranker(tmp_path / other)
+    with pytest.raises(FileNotFoundError, match=r'give a ranker to prune|Give a ranker to prune'):
+        PrunedReranker(tmp_path / 'nothing')
+    monkeypatch.setattr('pyterrier_mech.prune.plan.Plan.save', refuse)
+    before = sorted(path for path in tmp_path.rglob('*'))
+    for path in ('new', 'small'):
+        with pytest.raises(AssertionError):
+            stage.save(tmp_path / path, overwrite=True)
+    assert sorted(path for path in tmp_path.rglob('*')) == before
+
+
+def test_a_new_fit_is_not_what_was_saved(tmp_path):
+    stage = fitted()
+    stage.save(tmp_path / 'small')
+    stage.fit(TRAIN)
+    assert stage.path is pt.Artifact.NO_PATH
+
+
+def test_the_summary_can_be_read(tmp_path):
+    stage = fitted()
+    stage.save(tmp_path / 'small')
+    meta = json.loads((tmp_path / 'small' / 'pt_meta.json').read_text())
+    assert (meta['type'], meta['format'], meta['package_hint']) == ('pruned_reranker', 'mech', 'pyterrier-mech')
+    assert meta['summary']['ranker'] == 'CrossEncoder' and meta['summary']['qids'] == ['q0', 'q1', 'q2']
+    assert 'NaN' not in (tmp_path / 'small' / 'pt_meta.json').read_text()
+
+
+@pytest.mark.parametrize('kind', ['float32', 'mean'])
+def test_archive(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTERRIER_HOME', str(tmp_path / 'home'))
+    stage = fitted(KINDS[kind]())
+    stage.save(tmp_path / 'small')
+    # In segments: PyTerrier unpacks a single local file from a server alone.
+    archive = stage.build_package(max_file_size=200_000, verbose=False)
+    shutil.rmtree(tmp_path / 'small')
+    loaded = pt.Artifact.from_url(archive)
+    np.testing.assert_array_equal(loaded(OTHER)['score'], stage(OTHER)['score'])
+    assert loaded.plan_ == stage.plan_
+
+
+def test_pickle(tmp_path):
+    stage = fitted()
+    again = pickle.loads(pickle.dumps(stage))
+    pd.testing.assert_frame_equal(again(OTHER), stage(OTHER), check_exact=True)
+    assert again.plan_ == stage.plan_ and again.qids_ == stage.qids_ and repr(again) == repr(stage)
+    stage.save(tmp_path / 'small')
+    loaded = PrunedReranker(tmp_path / 'small')
+    loaded(OTHER)
+    data = pickle.dumps(loaded)
+    assert len(data) < 100_000
+    pd.testing.assert_frame_equal(pickle.loads(data)(OTHER), stage(OTHER), check_exact=True)
