@@ -9,7 +9,7 @@ import pyterrier as pt
 import pytest
 from conftest import minilm_path
 
-from pyterrier_mech import BiEncoder
+from pyterrier_mech import BiEncoder, PrunedReranker
 from pyterrier_mech.lab import LabDataset, LabProvider
 
 
@@ -76,11 +76,26 @@ def test_the_demo_runs_and_writes_what_it_says(tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'BM25 >> TDC >> MiniLM' in done.stdout and 'ratio_low' in done.stdout
     listing = (tmp_path / 'README.txt').read_text()
-    for file in ('heads.png', 'effects.parquet', 'tables.txt'):
+    for file in ('heads.png', 'effects.parquet', 'tables.txt', 'pruned/'):
         assert file in listing and (tmp_path / file).stat().st_size > 0
+    tables = (tmp_path / 'tables.txt').read_text()
+    assert 'BM25 >> pruned MiniLM' in tables and 'speedup' in tables and tables.strip() in done.stdout
     effects = pd.read_parquet(tmp_path / 'effects.parquet')
     assert set(effects.axiom) == {'TDC', 'TFC1'} and len(effects) == 80
     assert effects.filter(regex=r'^L\d+H\d+$').notna().all(axis=None)
+    check_pruned(tmp_path / 'pruned')
+
+
+def check_pruned(folder):
+    """MiniLM with half of its operations is there, has seen every other topic, and ranks."""
+    lab, pruned = LabDataset(), PrunedReranker(folder)
+    topics = lab.get_topics()
+    assert pruned.qids_ == sorted(topics.qid[::2])
+    assert 0.4 < pruned.plan_.settings['kept_share'] <= 0.5
+    assert pruned.model_.head_counts == [len(heads) for heads in pruned.plan_.heads]
+    judged = lab.text_loader()(topics.iloc[1::2].merge(lab.get_qrels(), on='qid'))
+    first = pruned(judged).query('rank == 0')
+    assert len(first) == 20 and (first.label > 0).mean() > (judged.label > 0).mean() + 0.25
 
 
 def test_importing_the_package_neither_opens_the_network_nor_loads_extras():

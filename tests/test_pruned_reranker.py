@@ -9,6 +9,7 @@ import pyterrier as pt
 import pytest
 import torch
 from conftest import QUERIES, TEXTS, assets, toy_bi_encoder, toy_cross_encoder
+from test_latency import ticking
 
 from pyterrier_mech import CrossEncoder, PatchHeads, PrunedReranker, stats
 from pyterrier_mech.prune import (
@@ -113,10 +114,22 @@ def test_a_given_plan():
     assert again.qids_ == ['q0', 'q1', 'q2']
 
 
-def test_latency_is_measured_on_the_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize('settings', [{'speedup': 1.5}, {'sparsity': 1 / 3}])
+def test_latency_is_measured_and_corrected(tmp_path, monkeypatch, settings):
     monkeypatch.setenv('PYTERRIER_HOME', str(tmp_path))
-    stage = fitted(criterion=Random(), budget='latency', sparsity=0.05)
-    assert stage.plan_.settings['kept_share'] <= 0.95 and list(tmp_path.rglob('*.json'))
+
+    def seconds(widths):
+        # Parts do not add up: the table alone would miss what is asked.
+        return 1 + (sum(2 * heads + neurons / 12 for heads, neurons in widths)) ** 1.5
+
+    ticking(monkeypatch, seconds)
+    stage = fitted(criterion=Random(), budget='latency', multiple=1, **settings)
+    assert list(tmp_path.rglob('*.json'))
+    kept = list(zip(map(len, stage.plan_.heads), map(len, stage.plan_.neurons), strict=True))
+    whole = list(zip(stage.plan_.of_heads, stage.plan_.of_neurons, strict=True))
+    measured = stage.plan_.settings['measured_speedup']
+    assert measured == pytest.approx(seconds(whole) / seconds(kept))
+    assert measured == pytest.approx(1.5, rel=0.06) and stage.plan_.settings['speedup'] == pytest.approx(1.5)
 
 
 def test_text_field():
@@ -294,3 +307,12 @@ def test_the_real_cross_encoder_in_a_pipeline():
     assert len(dev) == 12 and dev['score'].dtype == np.float32
     with pytest.raises(ValueError, match='would judge'):
         stats.compare(model(res), pipeline(pd.concat(chosen)[['qid', 'query']]), qrels, ['ndcg_cut_10'])
+
+
+def test_edited_texts_are_for_those_who_compare():
+    edited = TRAIN.assign(text_0=TRAIN['text'], text=TRAIN['text'] + ' ' + TRAIN['query'])
+    for criterion in (Fisher(), SMA(odds=1.0), Movement(steps=2)):
+        plain, paired = (fitted(criterion=criterion, frame=frame) for frame in (TRAIN, edited))
+        assert plain.plan_ == paired.plan_
+        np.testing.assert_allclose(paired(OTHER)['score'], plain(OTHER)['score'], atol=1e-9)
+    assert fitted(criterion=Patching(), frame=edited).plan_ != fitted(frame=edited).plan_

@@ -176,7 +176,10 @@ def prune(out, ranker, data, name, rule, runs, seed, epochs, budget, allocation)
     scores = first.scores_
     print(f'{name}, seed {seed}: {minutes:.2f} minutes, {scores.passes:.1f} passes {scores.notes}', flush=True)
     for sparsity, how in runs:
-        repairs = {'none': (), 'rescaled': (Rescaling(),), 'distilled': (Rescaling(), Distillation(epochs, seed=seed))}
+        target = folder(out, name, sparsity, how, seed)
+        target.mkdir(exist_ok=True)
+        training = Distillation(epochs, seed=seed, checkpoint=str(target / 'checkpoint.pt'))
+        repairs = {'none': (), 'rescaled': (Rescaling(),), 'distilled': (Rescaling(), training)}
         pruned = PrunedReranker(
             ranker,
             Scored(scores),
@@ -188,8 +191,6 @@ def prune(out, ranker, data, name, rule, runs, seed, epochs, budget, allocation)
         start = time.perf_counter()
         pruned.fit(data.fit, data.qrels['dev'], data.stop, data.qrels['dev'])
         taken = (time.perf_counter() - start) / 60
-        target = folder(out, name, sparsity, how, seed)
-        target.mkdir(exist_ok=True)
         for part, frame in data.judged.items():
             if part == 'dev' or sparsity == MAIN:
                 pruned(frame).drop(columns='text').to_parquet(target / f'{part}.parquet')

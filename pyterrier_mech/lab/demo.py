@@ -132,10 +132,11 @@ def pruning(
     """Prunes the model on every other topic, saves it, and returns tables: effectiveness and speed on the others."""
     fitted, judged = topics.iloc[::2], topics.iloc[1::2]
     pruned = PrunedReranker(model, Fisher(), 0.5, allocation='adaptive')
-    (bm25 % 20 >> text >> pruned).fit(fitted, qrels)
+    first = bm25 % 20 >> text
+    pruned.fit(first.transform(fitted), qrels)
     pruned.save(folder, overwrite=True)
     table = pt.Experiment(
-        [bm25, bm25 % 20 >> text >> model, bm25 % 20 >> text >> pruned],
+        [bm25, first >> model, first >> pruned],
         judged,
         qrels,
         ['ndcg_cut_10'],
@@ -143,7 +144,7 @@ def pruning(
         baseline=1,
         verbose=False,
     )
-    speed = efficiency(pruned, (bm25 % 20 >> text)(judged), batch_sizes=[None])
+    speed = efficiency(pruned, pd.DataFrame(first.transform(judged)), batch_sizes=[None])
     kept = ['ranker', 'encoder_parameters', 'flops', 'ms', 'speedup', 'flops_ratio', 'parameters_ratio']
     return {
         f'{len(judged)} topics that pruning has not seen, p by a paired t-test against BM25 >> MiniLM': table,

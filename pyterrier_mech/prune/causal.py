@@ -75,7 +75,7 @@ class Conductance:
         rule.check()
         check_baseline(self.baseline)
         check_needs(self, data)
-        some = sample(data, self.max_pairs, self.seed)
+        some = sample(data.plain, self.max_pairs, self.seed)
         with _counting(model.encoder) as count:
             heads, bad_heads = self._means(model, some, rule, 'heads')
             neurons, bad_neurons = self._means(model, some, rule, 'neurons')

@@ -3,7 +3,7 @@
 from pyterrier_mech.prune.basic import Magnitude, Random
 from pyterrier_mech.prune.causal import Conductance, Patching
 from pyterrier_mech.prune.gradient import Fisher, Taylor
-from pyterrier_mech.prune.protocol import Criterion, check_needs, sample
+from pyterrier_mech.prune.protocol import Criterion, Recovery, check_needs, sample
 from pyterrier_mech.prune.sma import SMA
 from pyterrier_mech.prune.trained import L0, Movement
 
@@ -17,6 +17,7 @@ __all__ = [
     'Movement',
     'Patching',
     'Random',
+    'Recovery',
     'Taylor',
     'check_needs',
     'sample',

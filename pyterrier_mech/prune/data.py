@@ -33,6 +33,14 @@ class FitData:
         """The text of every row."""
         return self.frame['text'].tolist()
 
+    @property
+    def plain(self) -> FitData:
+        """The same rows with the texts as they were before an edit: what a ranker will be asked to rank."""
+        if not {'text_0', 'query_0'} & set(self.frame.columns):
+            return self
+        frame = self.frame.drop(columns=['query_0', 'text_0'], errors='ignore')
+        return FitData(frame.assign(text=self.frame.get('text_0', self.frame['text'])), self.qrels)
+
     def labels(self) -> pd.Series:
         """Returns the judgement of every row, NaN where there is none.
 

@@ -60,7 +60,7 @@ class Distillation:
 
     epochs: int = 3
     learning_rate: float = 1e-4
-    hidden: float = 1.0
+    hidden: float = 5.0
     negatives: float = 0.25
     texts_per_query: int = 8
     queries_per_batch: int = 4

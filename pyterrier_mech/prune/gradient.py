@@ -42,6 +42,7 @@ class _Gradient:
         if self.loss not in LOSSES:
             raise ValueError(f'loss={self.loss!r} is none of {LOSSES}')
         check_needs(self, data)
+        data = data.plain
         notes = {}
         if self.loss == 'labels':
             judged = np.flatnonzero(data.labels().notna().to_numpy())

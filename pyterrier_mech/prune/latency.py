@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,20 @@ import torch
 
 from pyterrier_mech.prune.costs import Costs
 from pyterrier_mech.prune.encoded import Encoded
+from pyterrier_mech.prune.plan import Plan
 from pyterrier_mech.prune.scores import KINDS
 from pyterrier_mech.prune.surgery import prune_units
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.resizing import check_resizable
 
 # Shares of all heads or neurons at which time is measured; between them it is interpolated.
-_GRID = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+_GRID = (0.25, 0.5, 0.75, 1.0)
+# A plan is corrected until its measured speed-up is so near to what was asked, or so often.
+_NEAR, _CORRECTIONS, _TURNS = 0.03, 4, 7
 
 
 def latency_costs(
-    model: Ranker, frame: pd.DataFrame, *, repeats: int = 7, cache: bool = True, text_field: str | None = None
+    model: Ranker, frame: pd.DataFrame, *, repeats: int = 5, cache: bool = True, text_field: str | None = None
 ) -> Costs:
     """Measures the time of attention and feed-forward blocks of several widths, as shares of the whole ranker's time.
 
@@ -55,10 +59,7 @@ def latency_costs(
     if repeats < 1:
         raise ValueError(f'repeats={repeats!r} measures nothing; use 1 or more')
     check_resizable(model.encoder.base.config.model_type)
-    rows = frame[['query', text]].astype(str).sort_values(['query', text])
-    tokens = float(Encoded.of(model, rows['query'].tolist(), rows[text].tolist()).tokens.mean())
-    count = max(1, int(2 * model.loaded.budget.tokens / tokens))
-    rows = rows.sample(min(count, len(rows)), random_state=0)
+    rows, tokens = _rows(model, frame, text)
     path = _path(model, tokens, len(rows), repeats)
     if cache and path.exists():
         shares = json.loads(path.read_text(encoding='utf-8'))
@@ -70,6 +71,50 @@ def latency_costs(
             new.write_text(json.dumps(shares), encoding='utf-8')
             os.replace(new, path)
     return _costs(model, shares)
+
+
+def corrected(make: Callable[[float], Plan], asked: float, model: Ranker, frame: pd.DataFrame, text: str) -> Plan:
+    """Makes plans until one is as fast as asked on the clock: times of parts do not add up exactly.
+
+    Args:
+        make: From a speed-up by the table to a plan.
+        asked: The speed-up that is wanted.
+        model: The ranker.
+        frame: Rows to time; see `latency_costs`.
+        text: Column of the text.
+
+    Returns:
+        The plan whose measured speed-up came nearest; its settings tell it as `measured_speedup`.
+    """
+    rows, _ = _rows(model, frame, text)
+    queries, texts = rows['query'].tolist(), rows[text].tolist()
+    target, nearest, best = asked, np.inf, None
+    for _ in range(_CORRECTIONS):
+        plan = make(target)
+        small = prune_units(model, plan.heads, plan.neurons)
+        jobs: dict[str, Callable[[], object]] = {
+            'whole': lambda: model.score(queries, texts),
+            'small': lambda s=small: s.score(queries, texts),  # type: ignore[misc]
+        }
+        times = _in_turns(jobs, _TURNS)
+        measured = float(np.median(times['whole'] / times['small']))
+        distance = abs(np.log(measured / asked))
+        if distance < nearest:
+            told = {**plan.settings, 'speedup': asked, 'measured_speedup': measured}
+            nearest, best = distance, replace(plan, settings=told)
+        if distance <= _NEAR:
+            break
+        target = max(1 + _NEAR, target * asked / measured)
+    assert best is not None
+    return best
+
+
+def _rows(model: Ranker, frame: pd.DataFrame, text: str) -> tuple[pd.DataFrame, float]:
+    """Returns rows for two batches, and the mean number of tokens of all rows."""
+    rows = frame[['query', text]].astype(str).sort_values(['query', text])
+    tokens = float(Encoded.of(model, rows['query'].tolist(), rows[text].tolist()).tokens.mean())
+    count = max(1, int(2 * model.loaded.budget.tokens / tokens))
+    return rows.sample(min(count, len(rows)), random_state=0), tokens
 
 
 def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> dict[str, list[float]]:

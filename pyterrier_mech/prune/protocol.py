@@ -6,6 +6,7 @@ import hashlib
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.scores import UnitScores
@@ -51,6 +52,19 @@ class Needing(Protocol):
     @property
     def needs(self) -> frozenset[str]:
         """Some of 'text', 'text_0' and 'qrels'."""
+
+
+class Recovery(Protocol):
+    """What repairs a pruned ranker, which it may change: `Rescaling`, `Distillation`, `FineTuning`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the data must have: some of 'text' and 'qrels'."""
+
+    def recover(
+        self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
+    ) -> pd.DataFrame | None:
+        """Changes the weights of `student`; returns a history, if there is one."""
 
 
 def check_needs(criterion: Needing, data: FitData | None) -> None:

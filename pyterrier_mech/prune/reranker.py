@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,11 @@ import pyterrier as pt
 from pyterrier_mech._columns import FITTED_ON
 from pyterrier_mech._compare import refuse_seen
 from pyterrier_mech._frames import require, strings
-from pyterrier_mech.prune.criteria import Criterion, check_needs
+from pyterrier_mech.prune.criteria import Criterion, Recovery, check_needs
 from pyterrier_mech.prune.data import FitData, fit_data
 from pyterrier_mech.prune.encoded import Encoded
 from pyterrier_mech.prune.gradient import Fisher
-from pyterrier_mech.prune.latency import latency_costs
+from pyterrier_mech.prune.latency import corrected, latency_costs
 from pyterrier_mech.prune.plan import Plan
 from pyterrier_mech.prune.planning import check_budget, check_plan_settings, make_plan
 from pyterrier_mech.prune.rescaling import Rescaling
@@ -29,19 +29,6 @@ from pyterrier_mech.prune.surgery import prune_units
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.resizing import check_resizable
 from pyterrier_mech.stats import Comparison, compare
-
-
-class Recovery(Protocol):
-    """What repairs a pruned ranker, which it may change: `Rescaling`, `Distillation`, `FineTuning`."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the data must have: some of 'text' and 'qrels'."""
-
-    def recover(
-        self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
-    ) -> pd.DataFrame | None:
-        """Changes the weights of `student`; returns a history, if there is one."""
 
 
 class PrunedReranker(pt.Artifact, pt.Estimator):
@@ -142,7 +129,8 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
 
         Args:
             topics_or_res_tr: Rows to score units and to train on: qid, query, docno, text, as a pipeline before this
-                stage gives them; with text_0 where `Perturb` stands before.
+                stage gives them. Where `Perturb` stands before, what compares both versions of a text reads both, and
+                everything else the original.
             qrels_tr: Their judgements, where a step needs them.
             topics_or_res_va: Rows of other queries, for early stopping.
             qrels_va: Their judgements.
@@ -160,7 +148,7 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         student.text_field = self._text
         histories = [pd.DataFrame(columns=list(HISTORY))]
         for recovery in self._recoveries:
-            history = recovery.recover(student, model, data, validation)
+            history = recovery.recover(student, model, data.plain, validation and validation.plain)
             if history is not None:
                 histories.append(history.assign(recovery=type(recovery).__name__)[list(HISTORY)])
         filled = [history for history in histories if len(history)] or histories
@@ -225,11 +213,22 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         """Scores the units and makes a plan, once it is clear that there is one."""
         costs: dict[str, Any] = {
             'tokens': _mean_tokens(model, data),
-            'latency': latency_costs(model, data.frame, text_field='text') if self.budget == 'latency' else None,
+            'latency': latency_costs(model, data.plain.frame, text_field='text') if self.budget == 'latency' else None,
         }
         check_budget(model, self._sparsity, **self._budget, **costs)
         scores = self._criterion.scores(model, data)
-        plan = make_plan(model, scores, self._sparsity, allocation=self.allocation, **self._budget, **costs)
+        settings = {**self._budget, **costs, 'allocation': self.allocation}
+        if self.budget == 'latency':
+            asked = self.speedup if self.speedup is not None else 1 / (1 - (self._sparsity or 0.0))
+            plan = corrected(
+                lambda speedup: make_plan(model, scores, **{**settings, 'speedup': speedup}),
+                asked,
+                model,
+                data.plain.frame,
+                'text',
+            )
+        else:
+            plan = make_plan(model, scores, self._sparsity, **settings)
         told = {'criterion': repr(self._criterion), 'qids': sorted(self._chosen_on(data))}
         return replace(plan, settings={**plan.settings, **told}), scores
 

@@ -99,12 +99,12 @@ class SMA:
         if self.circuit is not None:
             self.circuit.check(model)
         some = sample(_labelled(data), self.max_pairs, self.seed)
-        heads = mean_effects(model, AblateHeads(model, text_field='text').transform(some.frame))
-        neurons, selectivity = _neurons(model, some, self.min_rel)
+        heads = mean_effects(model, AblateHeads(model, text_field='text').transform(some.plain.frame))
+        neurons, selectivity = _neurons(model, some.plain, self.min_rel)
         passes = 1 + variants(model) + 3
         notes: dict[str, Any] = {'pairs': len(some.frame)}
         if self.role_weighting:
-            strengths = _head_strengths(model, some)
+            strengths = _head_strengths(model, some.plain)
             notes['roles'] = {'heads': strengths is not None, 'neurons': selectivity is not None}
             passes += strengths is not None
             heads, neurons = _weighted(heads, strengths), _weighted(neurons, selectivity)

@@ -79,6 +79,7 @@ class L0:
         if not 0 < self.target < 1:
             raise ValueError(f'target={self.target} is no share between 0 and 1; to keep half give 0.5')
         check_needs(self, data)
+        data = data.plain
         chosen = drawn_order(data, self.seed)[: self.steps * self.batch_pairs]
         some = take(data, chosen)
         alphas, share = self._train(model, some)
@@ -150,6 +151,7 @@ class Movement:
         """
         _check_training(self.steps, self.learning_rate, self.batch_pairs)
         check_needs(self, data)
+        data = data.plain
         contrasts = _contrasts(data, drawn_order(data, self.seed))
         pairs = _draw_pairs(contrasts, self.steps * self.batch_pairs, self.seed)
         rows, places = np.unique(pairs, return_inverse=True)

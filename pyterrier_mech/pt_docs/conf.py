@@ -33,6 +33,8 @@ exclude_patterns = ['_build', '*_results.rst']
 # Docstrings write code in single and in double backticks.
 default_role = 'literal'
 napoleon_use_ivar = True
+# Else `plan_` in a docstring's list of attributes is a reference, and shown as 'plan'.
+strip_signature_backslash = True
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
