@@ -142,8 +142,10 @@ def test_executed_blocks_run_in_order(page, world):
         assert (world / 'heads.png').stat().st_size
     if page == 'pruning':
         pruned, loaded, small = (namespace[name] for name in ('pruned', 'loaded', 'small'))
-        assert pruned.plan_ == loaded.plan_ and pruned.model_.head_counts == small.head_counts
-        assert len(pruned.plan_.removed) and pruned.qids_ == ['q0', 'q1', 'q3']
+        assert pruned.plan_ == loaded.plan_ and pruned.qids_ == loaded.qids_ == ['q0', 'q1', 'q3']
+        frame = namespace['candidates']
+        assert list(pruned(frame)['score']) == list(loaded(frame)['score']) == list(small(frame)['score'])
+        assert list(pruned(frame)['score']) != list(namespace['model'](frame)['score'])
 
 
 def test_ranker_page_names_every_family():

@@ -95,7 +95,7 @@ def check_pruned(folder):
     assert pruned.model_.head_counts == [len(heads) for heads in pruned.plan_.heads]
     judged = lab.text_loader()(topics.iloc[1::2].merge(lab.get_qrels(), on='qid'))
     first = pruned(judged).query('rank == 0')
-    assert len(first) == 20 and (first.label > 0).mean() > (judged.label > 0).mean() + 0.25
+    assert len(first) == 20 and (first.label > 0).mean() > 0.7
 
 
 def test_importing_the_package_neither_opens_the_network_nor_loads_extras():

@@ -42,6 +42,8 @@ class _Gradient:
         if self.loss not in LOSSES:
             raise ValueError(f'loss={self.loss!r} is none of {LOSSES}')
         check_needs(self, data)
+        if self.loss == 'labels' and len(model.towers) > 1:
+            raise ValueError(f"{model!r} gives similarities, no logits of relevance: use loss='score', not 'labels'")
         data = data.plain
         notes = {}
         if self.loss == 'labels':
@@ -65,7 +67,7 @@ class _Gradient:
 
 @dataclass(frozen=True)
 class Taylor(_Gradient):
-    """How far the score moves when a unit is removed, to first order: the mean of |w·g| over the pairs.
+    """How far the score moves when a unit is removed, to first order: the mean of `|w·g|` over the pairs.
 
     With `loss='score'` it is the score itself (w = 1), and no labels are needed. With `loss='labels'` it is the binary
     cross-entropy of the logit against whether the pair is relevant: w = σ(s) − y; pairs that are not judged are left

@@ -212,7 +212,7 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
     def _choose(self, model: Ranker, data: FitData) -> tuple[Plan, UnitScores]:
         """Scores the units and makes a plan, once it is clear that there is one."""
         costs: dict[str, Any] = {
-            'tokens': _mean_tokens(model, data),
+            'tokens': _mean_tokens(model, data.plain),
             'latency': latency_costs(model, data.plain.frame, text_field='text') if self.budget == 'latency' else None,
         }
         check_budget(model, self._sparsity, **self._budget, **costs)
@@ -229,7 +229,12 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
             )
         else:
             plan = make_plan(model, scores, self._sparsity, **settings)
-        told = {'criterion': repr(self._criterion), 'qids': sorted(self._chosen_on(data))}
+        told = {
+            'sparsity': self._sparsity,
+            'speedup': self.speedup,
+            'criterion': repr(self._criterion),
+            'qids': sorted(self._chosen_on(data)),
+        }
         return replace(plan, settings={**plan.settings, **told}), scores
 
     def _chosen_on(self, data: FitData) -> set[str]:

@@ -34,12 +34,12 @@ class SMA:
     """Sparse mechanistic analysis: performance effect × role strength, circuit members three times as likely to stay.
 
     *Performance effect.* Of a head, the mean over pairs of how far the score moves when the head's output is zero
-    (exact, as `AblateHeads`); of a neuron, the first-order estimate of the same, mean |g| (as `Taylor`).
+    (exact, as `AblateHeads`); of a neuron, the first-order estimate of the same, mean `|g|` (as `Taylor`).
 
     *Role strength*, between 0.1 and 1. Of a head, how far it looks from where even attention would: x / (1 + x) with x
-    the largest |log odds ratio| of its flows between words (as `head_roles`), times the share of its mass that is not
+    the largest `|log odds ratio|` of its flows between words (as `head_roles`), times the share of its mass that is not
     on CLS and separators. Of a neuron, how differently it serves relevant and other pairs:
-    |mean g on relevant − mean g on others| / (mean |g| on relevant + mean |g| on others). What is below 0.1 counts as
+    `|mean g on relevant − mean g on others| / (mean |g| on relevant + mean |g| on others)`. What is below 0.1 counts as
     0.1. Where a ranker reads query and text apart, or its attention is not described, heads have strength 1; where
     there are no judged pairs of both kinds, neurons have; `notes` says so.
 
@@ -49,8 +49,9 @@ class SMA:
 
     *Circuit.* What is given as `circuit`. Else, where the data has two versions of each text or a perturbation makes
     them, it is discovered: the heads with the largest share of the score change, as `discover_circuit` takes them (a
-    fifth of all at most), and the neurons of the highest importance (one in a hundred). Else nothing is protected.
-    `notes` names the members.
+    fifth of all at most), and the neurons of the highest importance (one in a hundred). Where no head's
+    interval excludes 0, as on few queries, the circuit is those neurons alone. Without two versions nothing is
+    protected. `notes` names the members.
 
     Args:
         circuit: A `Circuit`, `Units`, or names of heads and neurons.

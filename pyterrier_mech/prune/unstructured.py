@@ -26,7 +26,7 @@ def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = Non
     skip zeros. Training fills the zeros again, unless `Distillation(keep_zeros=True)` or `FineTuning(keep_zeros=True)`
     masks their gradients. Their `recover` takes the copy as student and the ranker as teacher.
 
-    The smallest |w| of all layers go first. With `scores`, |w| is multiplied by the importance of the unit that the
+    The smallest `|w|` of all layers go first. With `scores`, `|w|` is multiplied by the importance of the unit that the
     weight belongs to: (rank − ½) / n of its score among all n units of its kind, between 0 and 1. To a head belong
     its rows of the query, key and value maps and its columns of the output map; to a neuron its row of the first map
     of the feed-forward block and its column of the last. Biases stay.
