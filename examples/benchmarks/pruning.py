@@ -12,6 +12,7 @@ second command only prints what there is. Measure speed on a quiet machine: `--n
 import json
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -68,7 +69,7 @@ def allocation_of(name: str) -> str:
     return 'uniform' if name.endswith('layer protection') else 'adaptive'
 
 
-@dataclass
+@dataclass(eq=False)
 class Data:
     """What is fitted on, stopped by, and judged on: frames of judged passages, and all judgements."""
 
@@ -127,6 +128,7 @@ def main(
     allocation: str = '',
     speed_rows: int = 200,
     device: str = 'cpu',
+    verbose: bool = False,
     runs: bool = True,
     speed: bool = True,
 ):
@@ -136,7 +138,7 @@ def main(
     self-distillation of `--epochs` epochs, and more `--seed`s.
     """
     out.mkdir(parents=True, exist_ok=True)
-    ranker, data = load_model(model, device), load_data()
+    ranker, data = load_model(model, device, verbose=verbose), load_data()
     if runs:
         unpruned(out, ranker, data)
         edit = Perturb(TDC(data.documents))
@@ -167,13 +169,18 @@ def unpruned(out: Path, ranker, data: Data) -> None:
         (target / 'run.json').write_text('{}')
 
 
-def prune(out, ranker, data, name, rule, runs, seed, epochs, budget, allocation) -> None:
-    """Scores the units once, then prunes, repairs and judges for every sparsity and recovery."""
+@cache
+def scored(rule, ranker, data: Data) -> tuple[UnitScores, float]:
+    """The scores of a criterion, and the minutes that they took."""
     start = time.perf_counter()
     first = PrunedReranker(ranker, rule, recovery=())
     first.fit(data.fit, data.qrels['dev'])
-    minutes = (time.perf_counter() - start) / 60
-    scores = first.scores_
+    return first.scores_, (time.perf_counter() - start) / 60
+
+
+def prune(out, ranker, data, name, rule, runs, seed, epochs, budget, allocation) -> None:
+    """Scores the units once, then prunes, repairs and judges for every sparsity and recovery."""
+    scores, minutes = scored(rule, ranker, data)
     print(f'{name}, seed {seed}: {minutes:.2f} minutes, {scores.passes:.1f} passes {scores.notes}', flush=True)
     for sparsity, how in runs:
         target = folder(out, name, sparsity, how, seed)

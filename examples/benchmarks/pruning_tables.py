@@ -24,6 +24,8 @@ def print_tables(out: Path, ranker, data) -> None:
         return
     for part in data.judged:
         judged = judge(out, runs, part, data.qrels[part])
+        if not len(judged):
+            continue
         if part == 'dev':
             print_table(
                 f'nDCG@10 retained on {data.judged[part]["qid"].nunique()} dev topics: mean over seeds [95 % interval '
@@ -33,7 +35,8 @@ def print_tables(out: Path, ranker, data) -> None:
             if len(measured := speed(runs)):
                 print_table('Units kept, operations and speed (median of rounds)', measured.to_dict('records'))
             print_table('What a criterion costs', costs(runs).to_dict('records'))
-            print_table(f'SMA and Patching against others at {MAIN:.0%}', duels(out, runs, data).to_dict('records'))
+            if len(tests := duels(out, runs, data)):
+                print_table(f'SMA and Patching against others at {MAIN:.0%}, paired', tests.to_dict('records'))
         else:
             print_table(
                 f'Second collection, {data.judged[part]["qid"].nunique()} topics of mech:lab, nothing fitted there',
@@ -67,6 +70,8 @@ def judge(out: Path, runs: pd.DataFrame, part: str, qrels: pd.DataFrame) -> pd.D
     """The runs with what `compare` says of each, tests corrected over all of the first seed."""
     base = pd.read_parquet(out / 'unpruned' / f'{part}.parquet')
     runs = runs[[(folder / f'{part}.parquet').exists() for folder in runs['folder']]]
+    if not len(runs):
+        return runs
     fitted = set().union(*runs['qids'])
     tables = []
     for _, of_seed in runs.groupby('seed'):
