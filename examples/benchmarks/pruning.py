@@ -38,6 +38,7 @@ from pyterrier_mech import (
 )
 from pyterrier_mech.lab import LabDataset
 from pyterrier_mech.prune import Plan, UnitScores, efficiency, prune_units
+from pyterrier_mech.prune.plan import fingerprint
 
 RECOVERIES = ('none', 'rescaled', 'distilled')
 SPARSITIES = (0.3, 0.5, 0.68)
@@ -139,6 +140,7 @@ def main(
     """
     out.mkdir(parents=True, exist_ok=True)
     ranker, data = load_model(model, device, verbose=verbose), load_data()
+    same_settings(out, model=fingerprint(ranker), pairs=pairs, epochs=epochs, budget=budget, allocation=allocation)
     if runs:
         unpruned(out, ranker, data)
         edit = Perturb(TDC(data.documents))
@@ -154,6 +156,16 @@ def main(
     if speed:
         speeds(out, ranker, data, speed_rows)
     print_tables(out, ranker, data)
+
+
+def same_settings(out: Path, **settings) -> None:
+    """Runs of one folder are compared: they must be of one model and the same settings."""
+    path = out / 'settings.json'
+    if not path.exists():
+        path.write_text(json.dumps(settings))
+    kept = json.loads(path.read_text())
+    if kept != settings:
+        raise SystemExit(f'{out} holds runs with {kept}, not {settings}: give another --out.')
 
 
 def folder(out: Path, name: str, sparsity: float, recovery: str, seed: int) -> Path:
@@ -185,8 +197,9 @@ def prune(out, ranker, data, name, rule, runs, seed, epochs, budget, allocation)
     for sparsity, how in runs:
         target = folder(out, name, sparsity, how, seed)
         target.mkdir(exist_ok=True)
+        fit = Rescaling(seed=seed)
         training = Distillation(epochs, seed=seed, checkpoint=str(target / 'checkpoint.pt'))
-        repairs = {'none': (), 'rescaled': (Rescaling(),), 'distilled': (Rescaling(), training)}
+        repairs = {'none': (), 'rescaled': (fit,), 'distilled': (fit, training)}
         pruned = PrunedReranker(
             ranker,
             Scored(scores),

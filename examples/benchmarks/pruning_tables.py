@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 from pyterrier_mech import AttentionShares, PrunedReranker, Units, head_roles
 from pyterrier_mech.prune import FitData, Plan
 from pyterrier_mech.prune.gates import unit_gradients
-from pyterrier_mech.stats import compare
+from pyterrier_mech.stats import compare, holm
 
 MEASURE = 'ndcg_cut_10'
 MAIN = 0.5
@@ -29,14 +29,17 @@ def print_tables(out: Path, ranker, data) -> None:
         if part == 'dev':
             print_table(
                 f'nDCG@10 retained on {data.judged[part]["qid"].nunique()} dev topics: mean over seeds [95 % interval '
-                'over queries of the first seed], paired t-test against the unpruned ranker with Holm over the table',
+                'over queries of the first seed], paired t-test against the unpruned ranker, Holm over a seed',
                 quality(judged).to_dict('records'),
             )
             if len(measured := speed(runs)):
                 print_table('Units kept, operations and speed (median of rounds)', measured.to_dict('records'))
             print_table('What a criterion costs', costs(runs).to_dict('records'))
             if len(tests := duels(out, runs, data)):
-                print_table(f'SMA and Patching against others at {MAIN:.0%}, paired', tests.to_dict('records'))
+                print_table(
+                    f'SMA and Patching against others at {MAIN:.0%}: paired, first seed, Holm over the table',
+                    tests.to_dict('records'),
+                )
         else:
             print_table(
                 f'Second collection, {data.judged[part]["qid"].nunique()} topics of mech:lab, nothing fitted there',
@@ -46,12 +49,12 @@ def print_tables(out: Path, ranker, data) -> None:
     for name in dict.fromkeys([best, 'SMA']):
         if (out / f'{name}-{MAIN:g}-none-0'.replace(' ', '_')).exists():
             print_table(
-                f'{name}, {MAIN:.0%}: only one group of layers pruned',
+                f'{name}, {MAIN:.0%}: only one group of layers pruned (p not corrected)',
                 groups(out, ranker, data, name).to_dict('records'),
             )
             print_table(
                 f'{name}, {MAIN:.0%}, no recovery: what the removed heads carried, by role, for the queries that lost '
-                'most and for the others',
+                'most and for the others (p not corrected)',
                 failures(out, ranker, data, name).to_dict('records'),
             )
 
@@ -67,7 +70,7 @@ def load_runs(out: Path) -> pd.DataFrame:
 
 
 def judge(out: Path, runs: pd.DataFrame, part: str, qrels: pd.DataFrame) -> pd.DataFrame:
-    """The runs with what `compare` says of each, tests corrected over all of the first seed."""
+    """The runs with what `compare` says of each, tests corrected over all of the same seed."""
     base = pd.read_parquet(out / 'unpruned' / f'{part}.parquet')
     runs = runs[[(folder / f'{part}.parquet').exists() for folder in runs['folder']]]
     if not len(runs):
@@ -156,9 +159,7 @@ def duels(out: Path, runs: pd.DataFrame, data) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if not len(table):
         return table
-    order = table['p'].fillna(1).sort_values()
-    adjusted = (order * np.arange(len(order), 0, -1)).cummax().clip(upper=1)
-    table['p Holm'] = adjusted.reindex(table.index).round(4)
+    table['p Holm'] = holm(table['p'].to_numpy())
     kept = [
         'recovery',
         'run',
@@ -175,10 +176,11 @@ def duels(out: Path, runs: pd.DataFrame, data) -> pd.DataFrame:
 
 
 def groups(out: Path, ranker, data, name: str) -> pd.DataFrame:
-    """What a plan costs when it is carried out in one third of the layers alone."""
+    """What a plan costs when it is carried out in one third of the layers alone; the circuit is that of SMA."""
     path = out / f'{name}-{MAIN:g}-none-0'.replace(' ', '_')
-    plan, about = Plan.load(path / 'plan.json'), json.loads((path / 'run.json').read_text())
-    circuit = Units.of(about['circuit'])
+    plan = Plan.load(path / 'plan.json')
+    found = [json.loads(other.read_text())['circuit'] for other in sorted(out.glob('SMA-*-0/run.json'))]
+    circuit = Units.of(found[0] if found else [])
     every, base = Units.all(ranker), pd.read_parquet(out / 'unpruned' / 'dev.parquet')
     thirds = np.array_split(np.arange(ranker.n_layers), 3)
     rows = []

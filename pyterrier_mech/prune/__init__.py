@@ -13,8 +13,9 @@ from pyterrier_mech.prune.criteria import (
     Taylor,
 )
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.distillation import Distillation, FineTuning
+from pyterrier_mech.prune.distillation import Distillation
 from pyterrier_mech.prune.efficiency import efficiency
+from pyterrier_mech.prune.fine_tuning import FineTuning
 from pyterrier_mech.prune.latency import latency_costs
 from pyterrier_mech.prune.plan import Plan
 from pyterrier_mech.prune.planning import make_plan

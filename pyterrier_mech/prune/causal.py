@@ -161,7 +161,7 @@ def two_versions_of(data: FitData, perturbation: Perturbing | None) -> pd.DataFr
     """Returns a frame with a second version of each text or query: the data's own, or what a perturbation makes."""
     if perturbation is None:
         return data.frame
-    frame = data.frame[['qid', 'query', 'docno', 'text']]
+    frame = data.plain.frame[['qid', 'query', 'docno', 'text']]
     return (perturbation if isinstance(perturbation, pt.Transformer) else Perturb(perturbation)).transform(frame)
 
 

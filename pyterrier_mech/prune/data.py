@@ -34,8 +34,16 @@ class FitData:
         return self.frame['text'].tolist()
 
     @property
+    def qids(self) -> set[str]:
+        """The queries, as strings."""
+        return set(self.frame['qid'].astype(str))
+
+    @property
     def plain(self) -> FitData:
-        """The same rows with the texts as they were before an edit: what a ranker will be asked to rank."""
+        """The same rows with the texts as they were before an edit: what a ranker will be asked to rank.
+
+        The query is left as it is: where there is a `query_0`, it may be that of a query rewriter.
+        """
         if not {'text_0', 'query_0'} & set(self.frame.columns):
             return self
         frame = self.frame.drop(columns=['query_0', 'text_0'], errors='ignore')

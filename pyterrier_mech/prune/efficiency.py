@@ -218,7 +218,8 @@ def _take_turns(passes: dict[str, _Pass], repeats: int) -> dict[str, np.ndarray]
 def _sides(model: Any, baseline: Ranker | None) -> dict[str, Ranker]:
     if not isinstance(model, Ranker) and isinstance(getattr(model, 'model_', None), Ranker):
         if baseline is None and isinstance(model.model, Ranker):
-            baseline = model.model
+            baseline = copy.copy(model.model)
+            baseline.text_field = model.model_.text_field
         model = model.model_
     sides = {'model': model} if baseline is None else {'baseline': baseline, 'model': model}
     for name, ranker in sides.items():

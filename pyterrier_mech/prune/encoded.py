@@ -37,6 +37,11 @@ class Encoded:
         return np.sum([part.lengths for part in parts], axis=0) + self.model.loaded.maker.template(len(parts)).n_special
 
     @property
+    def mean_length(self) -> float:
+        """The mean length of a sequence, over rows and towers."""
+        return float(np.mean([self.lengths(tower) for tower in range(len(self.towers))]))
+
+    @property
     def tokens(self) -> np.ndarray:
         """Tokens of every row, over all towers."""
         return np.sum([self.lengths(tower) for tower in range(len(self.towers))], axis=0)

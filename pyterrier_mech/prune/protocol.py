@@ -61,6 +61,13 @@ class Recovery(Protocol):
     def needs(self) -> frozenset[str]:
         """What the data must have: some of 'text' and 'qrels'."""
 
+    def check(self) -> None:
+        """Checks the settings, before any work.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+
     def recover(
         self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
     ) -> pd.DataFrame | None:

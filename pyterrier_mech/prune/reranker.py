@@ -15,6 +15,7 @@ import pyterrier as pt
 from pyterrier_mech._columns import FITTED_ON
 from pyterrier_mech._compare import refuse_seen
 from pyterrier_mech._frames import require, strings
+from pyterrier_mech.patch.units import Units
 from pyterrier_mech.prune.criteria import Criterion, Recovery, check_needs
 from pyterrier_mech.prune.data import FitData, fit_data
 from pyterrier_mech.prune.encoded import Encoded
@@ -130,7 +131,7 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         Args:
             topics_or_res_tr: Rows to score units and to train on: qid, query, docno, text, as a pipeline before this
                 stage gives them. Where `Perturb` stands before, what compares both versions of a text reads both, and
-                everything else the original.
+                everything else the original text.
             qrels_tr: Their judgements, where a step needs them.
             topics_or_res_va: Rows of other queries, for early stopping.
             qrels_va: Their judgements.
@@ -154,7 +155,9 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         filled = [history for history in histories if len(history)] or histories
         self.history_ = pd.concat(filled, ignore_index=True)
         self.plan_, self.scores_, self.model_ = plan, scores, student
-        self.qids_ = sorted({*self._chosen_on(data), *([] if validation is None else _qids(validation))})
+        self.qids_ = sorted({*self._chosen_on(data), *([] if validation is None else validation.qids)})
+        # With the module it goes wherever the ranker goes, also into the saved configuration.
+        student.encoder.module.config.fitted_on = self.qids_
         # What lies there, if anything, was fitted before.
         self.path = pt.Artifact.NO_PATH
 
@@ -179,18 +182,16 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
             if (self.criterion, self.sparsity, self.speedup) != (None, None, None):
                 raise ValueError('a plan takes the place of criterion, sparsity and speedup: leave them out')
             self.plan.check(self.model)
+            gone = self.plan.removed & Units.of(self.protect)
+            if gone:
+                raise ValueError(f'the plan removes {gone.names[0]}, which is protected: leave protect out')
         else:
             check_plan_settings(self.model, self._sparsity, allocation=self.allocation, **self._budget)
         return self.model
 
     @property
     def _budget(self) -> dict[str, Any]:
-        return {
-            'budget': self.budget,
-            'speedup': self.speedup,
-            'protect': self.protect,
-            'multiple': self.multiple,
-        }
+        return {name: getattr(self, name) for name in ('budget', 'speedup', 'protect', 'multiple')}
 
     def _check_steps(self, data: FitData, validation: FitData | None) -> None:
         """Checks that the data has what every step needs."""
@@ -201,18 +202,18 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
             if isinstance(step, type) or not hasattr(step, method):
                 raise TypeError(f'{step!r} has no {method}(...): give an object, e.g. Fisher() or Rescaling()')
             check_needs(step, data)
+            if hasattr(step, 'check'):
+                step.check()
             if 'qrels' in step.needs:
                 data.labels()
-        both = set() if validation is None else _qids(data) & _qids(validation)
+        both = set() if validation is None else data.qids & validation.qids
         if both:
-            raise ValueError(
-                f'{len(both)} queries are in both training and validation (e.g. {min(both)!r}): split them'
-            )
+            raise ValueError(f'{len(both)} queries are in training and validation (e.g. {min(both)!r}): split them')
 
     def _choose(self, model: Ranker, data: FitData) -> tuple[Plan, UnitScores]:
         """Scores the units and makes a plan, once it is clear that there is one."""
         costs: dict[str, Any] = {
-            'tokens': _mean_tokens(model, data.plain),
+            'tokens': Encoded.of(model, data.plain.queries, data.plain.texts).mean_length,
             'latency': latency_costs(model, data.plain.frame, text_field='text') if self.budget == 'latency' else None,
         }
         check_budget(model, self._sparsity, **self._budget, **costs)
@@ -239,7 +240,8 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
 
     def _chosen_on(self, data: FitData) -> set[str]:
         """Returns the queries that had a say in what stays or in its weights, but for validation."""
-        qids = _qids(data)
+        # A ranker that was pruned before says on what.
+        qids = data.qids | set(_before(self.model))
         for source in (self.protect, self.criterion, getattr(self.criterion, 'circuit', None)):
             qids |= set(map(str, getattr(source, 'qids', ())))
         return qids | set(map(str, self.plan.settings.get('qids', ()) if self.plan is not None else ()))
@@ -343,11 +345,6 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         return {'label': type(self).__name__, 'help_url': None}
 
 
-def _qids(data: FitData) -> set[str]:
-    return set(data.frame['qid'].astype(str))
-
-
-def _mean_tokens(model: Ranker, data: FitData) -> float:
-    """Returns the mean length of the sequences that the ranker reads."""
-    encoded = Encoded.of(model, data.queries, data.texts)
-    return float(np.mean([encoded.lengths(tower) for tower in range(len(encoded.towers))]))
+def _before(model: Any) -> list[str]:
+    """Returns the queries that a ranker was pruned on before, if it was."""
+    return getattr(model.encoder.module.config, 'fitted_on', None) or []

@@ -43,6 +43,15 @@ class Rescaling:
 
     needs: ClassVar[frozenset[str]] = frozenset({'text'})
 
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        if self.max_pairs < 1 or not self.ridge > 0:
+            raise ValueError(f'max_pairs={self.max_pairs!r} and ridge={self.ridge!r} must be positive')
+
     def recover(self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None) -> None:
         """Changes the output projections of `student`, a ranker of its own, in place.
 
@@ -55,8 +64,7 @@ class Rescaling:
         Raises:
             ValueError: If a setting is out of range, or no units of the family can be removed.
         """
-        if self.max_pairs < 1 or not self.ridge > 0:
-            raise ValueError(f'max_pairs={self.max_pairs!r} and ridge={self.ridge!r} must be positive')
+        self.check()
         check_resizable(teacher.encoder.base.config.model_type)
         rows = sample(data, self.max_pairs, self.seed).frame
         encoded = Encoded.of(teacher, rows['query'].tolist(), rows['text'].tolist())

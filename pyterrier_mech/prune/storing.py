@@ -89,7 +89,7 @@ class Fitted:
                 f'{name}(CrossEncoder(...)).'
             )
         summary = meta['summary']
-        model = _RANKERS[summary['ranker']](str(path / _RANKER), **summary['settings'])
+        model = _RANKERS[summary['ranker']](str((path / _RANKER).resolve()), **summary['settings'])
         history = pd.DataFrame(summary['history'], columns=list(HISTORY))
         history = history.astype({'step': int, 'loss': float, 'validation': float})
         return cls(model, Plan.load(path / _PLAN), history, summary['qids'])
