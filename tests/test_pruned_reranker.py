@@ -230,6 +230,23 @@ def test_queries_of_the_circuit_of_sma():
     assert fitted(criterion=SMA(circuit=Circuit.from_units(['L0H1'], qids=['q3']))).qids_ == ['q0', 'q1', 'q3']
 
 
+def test_pruned_twice_remembers_both_fits(tmp_path):
+    once = fitted()
+    assert not hasattr(cross('bert').encoder.module.config, 'fitted_on')
+    once.save(tmp_path / 'once')
+    for model in (once.model_, CrossEncoder(str(tmp_path / 'once' / 'ranker'), dtype='float64')):
+        again = fitted(model, frame=FRAME[FRAME['qid'] == 'q2'])
+        assert again.qids_ == ['q0', 'q1', 'q2']
+        with pytest.raises(ValueError, match='q0'):
+            again.compare(TRAIN, QRELS, [ir_measures.nDCG @ 10])
+
+
+def test_a_plan_does_not_remove_what_is_protected():
+    stage = PrunedReranker(cross('bert'), plan=Plan.removing(cross('bert'), ['L0H1']), protect=['L0H1'], recovery=())
+    with pytest.raises(ValueError, match='the plan removes L0H1, which is protected'):
+        stage.fit(TRAIN)
+
+
 # -- bad input, before any work
 
 
@@ -247,6 +264,9 @@ def test_queries_of_the_circuit_of_sma():
         ({'recovery': (FineTuning(),)}, {'qrels': None}, 'FineTuning needs judgements'),
         ({'criterion': Movement()}, {'qrels': None}, 'needs judgements'),
         ({'criterion': Patching()}, {}, 'Patching needs a second version of each text: put Perturb'),
+        ({'recovery': Rescaling(ridge=0)}, {}, 'ridge=0 must be positive'),
+        ({'recovery': Distillation(epochs=0)}, {}, 'epochs=0 must be 1 or more'),
+        ({'recovery': FineTuning(patience=0)}, {}, 'patience=0 must be 1 or more'),
         ({}, {'qrels': QRELS.assign(qid='x')}, 'give the qrels of these topics'),
         ({'recovery': FineTuning()}, {'qrels': QRELS.assign(docno='x')}, 'none of the 8 rows is judged'),
         ({}, {'qrels': QRELS.drop(columns='label')}, "the qrels have no 'label'"),

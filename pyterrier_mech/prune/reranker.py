@@ -208,7 +208,7 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
                 data.labels()
         both = set() if validation is None else data.qids & validation.qids
         if both:
-            raise ValueError(f'{len(both)} queries are in training and validation (e.g. {min(both)!r}): split them')
+            raise ValueError(f'{len(both)} queries are in both training and validation, e.g. {min(both)!r}')
 
     def _choose(self, model: Ranker, data: FitData) -> tuple[Plan, UnitScores]:
         """Scores the units and makes a plan, once it is clear that there is one."""
