@@ -93,7 +93,7 @@ def test_the_best_validation_is_kept(values, patience, validated, best):
 
 
 def test_too_large_steps_do_not_win():
-    settings = {**FAST, 'epochs': 8, 'learning_rate': 0.05, 'patience': 3}
+    settings = {**FAST, 'epochs': 8, 'learning_rate': 0.05, 'patience': 3, 'hidden': 1.0}
     after, history = trained(Distillation(**settings), TRAIN, VALIDATION)
     worst, best = history['validation'].iloc[-1], history['validation'].min()
     assert worst > best and history['validation'].iloc[-4:].min() >= best
