@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -87,6 +88,7 @@ def corrected(make: Callable[[float], Plan], asked: float, model: Ranker, frame:
         The plan whose measured speed-up came nearest; its settings tell it as `measured_speedup`.
     """
     rows, _ = _rows(model, frame, text)
+    model = _quiet(model)
     queries, texts = rows['query'].tolist(), rows[text].tolist()
     target, nearest, best = asked, np.inf, None
     for _ in range(_CORRECTIONS):
@@ -124,6 +126,7 @@ def _rows(model: Ranker, frame: pd.DataFrame, text: str) -> tuple[pd.DataFrame, 
 
 def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> dict[str, list[float]]:
     """Returns shares of the whole time: of each kind at some widths and in the last layer alone, and what is fixed."""
+    model = _quiet(model)
     variants = {'whole': model, 'nothing': _variant(model, 'heads', 0.0, [])}
     widths = {kind: _measured_widths(model, kind) for kind in KINDS}
     for kind in KINDS:
@@ -201,6 +204,13 @@ def _variant(model: Ranker, kind: str, share: float, layers: Sequence[int]) -> R
     # Embeddings can be most of a model, and are the same in all variants.
     variant.encoder.base.set_input_embeddings(model.encoder.base.get_input_embeddings())
     return variant
+
+
+def _quiet(model: Ranker) -> Ranker:
+    """Returns the ranker without progress bars, which take time."""
+    quiet = copy.copy(model)
+    quiet.verbose = False
+    return quiet
 
 
 def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
