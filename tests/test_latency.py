@@ -1,6 +1,7 @@
 """Tables of measured time: their shape, and that they are kept. Nothing here is about speed itself."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
 
-from pyterrier_mech.prune import latency, latency_costs, make_plan, prune_units
+from pyterrier_mech.prune import Plan, latency, latency_costs, make_plan, prune_units
 from pyterrier_mech.prune.costs import Costs
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers import CrossEncoder
@@ -181,3 +182,15 @@ def test_bad_input(change, message, monkeypatch):
     asked = {'model': toy_cross_encoder('bert'), 'frame': FRAME, **change}
     with pytest.raises(ValueError, match=message):
         latency_costs(asked.pop('model'), asked.pop('frame'), **asked)
+
+
+def test_a_speed_that_no_plan_has_is_warned_of(monkeypatch):
+    model = toy_cross_encoder('bert')
+    ticking(monkeypatch, lambda widths: 1.0 + sum(heads for heads, _ in widths))
+    plan = Plan.removing(model, ['L0H0', 'L0H1', 'L0H2', 'L0H3'])
+    with pytest.warns(UserWarning, match='asked for 3.00 times the speed, the nearest plan measures 1.80'):
+        found = latency.corrected(lambda speedup: plan, 3.0, model, FRAME, 'text')
+    assert found == plan and found.settings['measured_speedup'] == pytest.approx(9 / 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        latency.corrected(lambda speedup: plan, 1.75, model, FRAME, 'text')

@@ -117,8 +117,11 @@ class FineTuning:
 def _judgements(validation: FitData) -> pd.DataFrame:
     """Returns the judgements of the validation queries, as `ir_measures` reads them."""
     validation.labels()
-    assert validation.qrels is not None
-    qrels = validation.qrels[list(_NAMES)].astype({'qid': str, 'docno': str, 'label': int}).rename(columns=_NAMES)
+    qrels = (
+        pd.DataFrame(validation.qrels)[list(_NAMES)]
+        .astype({'qid': str, 'docno': str, 'label': int})
+        .rename(columns=_NAMES)
+    )
     return qrels[qrels['query_id'].isin(validation.frame['qid'].astype(str))]
 
 
