@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, wordpiece_tokenizer
 
-from pyterrier_mech.perturb.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner
-from pyterrier_mech.rankers.encoding import InputMaker
+from pyterrier_mech.inputs.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner
+from pyterrier_mech.inputs.tokens import InputMaker
 
 MAKER = InputMaker(wordpiece_tokenizer(), 32)
 

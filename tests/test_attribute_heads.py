@@ -15,7 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 from pyterrier_mech import BiEncoder, CrossEncoder, PatchHeads
 from pyterrier_mech.attribute import AttributeHeads, agreement
 from pyterrier_mech.attribute.relp import linearised
-from pyterrier_mech.perturb.alignment import Aligner
+from pyterrier_mech.inputs.alignment import Aligner
 
 os.environ.setdefault('PT_TEST_TRANSFORMER_REPORTS', '0')
 pytestmark = pytest.mark.filterwarnings('ignore:.*cannot be patched')

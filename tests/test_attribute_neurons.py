@@ -11,8 +11,8 @@ import torch
 from conftest import FAMILIES, QUERIES, TEXTS, assets, toy_bi_encoder, toy_cross_encoder
 
 from pyterrier_mech import CrossEncoder
+from pyterrier_mech.anatomy.families import _FAMILIES, Family, register_family
 from pyterrier_mech.attribute import AttributeNeurons
-from pyterrier_mech.rankers.families import _FAMILIES, Family, register_family
 
 os.environ.setdefault('PT_TEST_TRANSFORMER_REPORTS', '0')
 

@@ -9,7 +9,7 @@ import scipy.stats
 from ir_measures import AP, RR, P, nDCG
 
 from pyterrier_mech import stats
-from pyterrier_mech._columns import FITTED_ON
+from pyterrier_mech.columns import FITTED_ON
 from pyterrier_mech.measures import ScoreChange
 from pyterrier_mech.stats import compare, holm
 

@@ -5,9 +5,9 @@ import functools
 import pytest
 from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
 
+from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters
 from pyterrier_mech.prune import prune_units
-from pyterrier_mech.prune.costs import flop_costs, parameter_costs
-from pyterrier_mech.prune.efficiency import count_flops, encoder_parameters
+from pyterrier_mech.prune.plans.costs import flop_costs, parameter_costs
 
 FAMILIES = ['bert', 'electra', 'roberta', 'distilbert']
 KEPT = [([[0, 2], [1]], [[3, 9], list(range(40))]), ([[], [0, 1, 2]], [list(range(48)), []]), ([[], []], [[], []])]

@@ -16,8 +16,8 @@ from pyterrier_mech.prune.criteria import (
     Random,
     Taylor,
 )
+from pyterrier_mech.prune.criteria.gates import unit_gradients
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.gates import unit_gradients
 
 MLP_OUT = {
     **dict.fromkeys(['bert', 'electra', 'roberta', 'deberta-v2', 'mpnet'], lambda layer: layer.output.dense),

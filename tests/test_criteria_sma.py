@@ -190,7 +190,7 @@ def test_neurons_are_weighed_by_how_differently_they_serve_relevant_pairs():
 
 
 def signed(model, data):
-    from pyterrier_mech.prune.gates import unit_gradients
+    from pyterrier_mech.prune.criteria.gates import unit_gradients
 
     g = [np.empty((len(data.frame), 48)) for _ in range(2)]
     for batch in unit_gradients(model, data):

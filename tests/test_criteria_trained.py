@@ -9,9 +9,9 @@ from test_criteria import assert_layers, fit_on
 
 from pyterrier_mech.patch.interventions import PlainInputs
 from pyterrier_mech.prune.criteria import L0, Movement
+from pyterrier_mech.prune.criteria.gates import gated, score_rows
+from pyterrier_mech.prune.criteria.trained import _expected, _gate, _turn
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.gates import gated, score_rows
-from pyterrier_mech.prune.trained import _expected, _gate, _turn
 
 
 def with_useless_units():

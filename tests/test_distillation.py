@@ -12,9 +12,9 @@ from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
 
 from pyterrier_mech.prune import Distillation, FineTuning
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.distillation import margin_error, with_negatives
+from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives
+from pyterrier_mech.prune.recovery.training import Schedule, batches
 from pyterrier_mech.prune.surgery import prune_units
-from pyterrier_mech.prune.training import Schedule, batches
 
 HEADS = [[0, 2], [1]]
 NEURONS = [list(range(0, 48, 2)), list(range(30))]

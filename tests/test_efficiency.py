@@ -8,10 +8,10 @@ import torch
 from conftest import DESCRIBED, FAMILIES, QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder, toy_module
 
 from pyterrier_mech import CrossEncoder
-from pyterrier_mech.prune.efficiency import count_flops, efficiency, encoder_parameters, parameters, weight_mb
+from pyterrier_mech.evaluation.efficiency import count_flops, efficiency, encoder_parameters, parameters, weight_mb
 
 # By its full name: the package may export the function under the name of the module.
-module = sys.modules['pyterrier_mech.prune.efficiency']
+module = sys.modules['pyterrier_mech.evaluation.efficiency']
 D, HEADS, FF, LAYERS = 32, 4, 48, 2
 
 

@@ -7,7 +7,7 @@ from conftest import byte_level_tokenizer, wordpiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyterrier_mech.rankers.encoding import InputMaker, Ragged
+from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 
 TOKENIZERS = {'wordpiece': wordpiece_tokenizer(), 'byte level': byte_level_tokenizer()}
 WORDS = st.lists(st.sampled_from(['bread', 'rust', 'a', 'dough-rise', 'unbelievable', '', '北京', "baker's", '3.5']))

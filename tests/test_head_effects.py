@@ -8,7 +8,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 
-from pyterrier_mech._columns import PATCHING, head_columns, head_name, parse_head
+from pyterrier_mech.columns import PATCHING, head_columns, head_name, parse_head
 from pyterrier_mech.results import HeadEffects
 
 

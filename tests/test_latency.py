@@ -10,7 +10,7 @@ import pytest
 from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
 
 from pyterrier_mech.prune import Plan, latency, latency_costs, make_plan, prune_units
-from pyterrier_mech.prune.costs import Costs
+from pyterrier_mech.prune.plans.costs import Costs
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers import CrossEncoder
 

@@ -12,8 +12,8 @@ from oracle import head_outputs, patched_outputs
 from transformers import AutoModelForSequenceClassification
 
 from pyterrier_mech import BiEncoder, CrossEncoder, HeadEffects, PatchHeads
+from pyterrier_mech.inputs.alignment import Aligner
 from pyterrier_mech.patch.engine import engine_for
-from pyterrier_mech.perturb.alignment import Aligner
 
 EDITS = [
     lambda text: f'{text} bread',

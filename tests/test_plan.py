@@ -11,11 +11,11 @@ from conftest import toy_cross_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyterrier_mech.patch.units import Units
 from pyterrier_mech.prune import Plan, UnitScores, make_plan
-from pyterrier_mech.prune.costs import Costs, flop_costs, parameter_costs
-from pyterrier_mech.prune.planning import check_budget
+from pyterrier_mech.prune.plans.costs import Costs, flop_costs, parameter_costs
+from pyterrier_mech.prune.plans.planning import check_budget
 from pyterrier_mech.results import Circuit
+from pyterrier_mech.units import Units
 
 HEADS, NEURONS, LAYERS = 4, 48, 4
 

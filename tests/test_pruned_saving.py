@@ -113,7 +113,7 @@ def test_what_may_be_replaced(tmp_path, monkeypatch):
             PrunedReranker(tmp_path / other)
     with pytest.raises(FileNotFoundError, match=r'give a ranker to prune|Give a ranker to prune'):
         PrunedReranker(tmp_path / 'nothing')
-    monkeypatch.setattr('pyterrier_mech.prune.plan.Plan.save', refuse)
+    monkeypatch.setattr('pyterrier_mech.prune.plans.plan.Plan.save', refuse)
     before = sorted(path for path in tmp_path.rglob('*'))
     for path in ('new', 'small'):
         with pytest.raises(AssertionError):

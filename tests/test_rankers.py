@@ -22,7 +22,7 @@ from conftest import (
 from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from pyterrier_mech import BiEncoder, CrossEncoder
-from pyterrier_mech.rankers.batching import Budget, in_batches
+from pyterrier_mech.inputs.batching import Budget, in_batches
 
 PAIRS = [(q, t) for q in QUERIES for t in TEXTS]
 Q, T = [q for q, _ in PAIRS], [t for _, t in PAIRS]

@@ -25,8 +25,8 @@ from test_ablate import (
 from test_patch_heads import inputs, pairs
 
 from pyterrier_mech import BiEncoder, CrossEncoder, PatchHeads
+from pyterrier_mech.inputs.alignment import Aligner
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, Units
-from pyterrier_mech.perturb.alignment import Aligner
 
 UNITS = ['L0H1', 'L1H0', 'L1H3', 'L0N3', 'L0N40', 'L1N7']
 PLACES = {

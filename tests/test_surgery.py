@@ -15,11 +15,11 @@ from oracle import OUT_PROJECTIONS
 from test_patch_heads import heads_of, oracle, pairs
 
 from pyterrier_mech import AblateHeads, AttentionShares, CrossEncoder, PatchHeads
+from pyterrier_mech.anatomy.resizing import keep_units
 from pyterrier_mech.attribute import AttributeHeads, AttributeNeurons
 from pyterrier_mech.patch import AblatedReranker, Units
 from pyterrier_mech.patch.interventions import columns_of, replaced, zeros
 from pyterrier_mech.prune.surgery import prune_units, remove_units
-from pyterrier_mech.rankers.resizing import keep_units
 
 FAMILIES = ['bert', 'electra', 'roberta', 'distilbert']
 HEADS, NEURONS, HEAD_DIM = 4, 48, 8

@@ -9,7 +9,7 @@ from test_distillation import FAST, data, pruned, same, trained, weights
 
 from pyterrier_mech.prune import Distillation, FineTuning
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.training import Schedule, groups, train
+from pyterrier_mech.prune.recovery.training import Schedule, groups, train
 
 LONG = {**FAST, 'epochs': 4, 'validations': 2, 'patience': 9}
 TRAIN, VALIDATION = data([0, 1, 2], range(5)), data([3], range(6))

@@ -20,7 +20,7 @@ from common import comparison, gemm_peak, load_model, load_pairs, print_table, r
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_mech import PatchHeads
-from pyterrier_mech.perturb.alignment import Aligner
+from pyterrier_mech.inputs.alignment import Aligner
 
 WORKER = Path(__file__).with_name('mechir_worker.py')
 

@@ -38,7 +38,7 @@ from pyterrier_mech import (
 )
 from pyterrier_mech.lab import LabDataset
 from pyterrier_mech.prune import Plan, UnitScores, efficiency, prune_units
-from pyterrier_mech.prune.plan import fingerprint
+from pyterrier_mech.prune.plans.plan import fingerprint
 
 RECOVERIES = ('none', 'rescaled', 'distilled')
 SPARSITIES = (0.3, 0.5, 0.68)

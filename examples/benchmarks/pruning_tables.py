@@ -10,7 +10,7 @@ from scipy.stats import mannwhitneyu
 
 from pyterrier_mech import AttentionShares, PrunedReranker, Units, head_roles
 from pyterrier_mech.prune import FitData, Plan
-from pyterrier_mech.prune.gates import unit_gradients
+from pyterrier_mech.prune.criteria.gates import unit_gradients
 from pyterrier_mech.stats import compare, holm
 
 MEASURE = 'ndcg_cut_10'

@@ -10,13 +10,16 @@ import pandas as pd
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from pyterrier_mech._columns import head_name
-from pyterrier_mech._frames import with_columns
+from pyterrier_mech.anatomy.encoder import pool
 from pyterrier_mech.attribute.lines import Baseline, Line, check_baseline
 from pyterrier_mech.attribute.path import Rule, integrate, not_finite
 from pyterrier_mech.attribute.points import GRAPH, embedding
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.stage import Attribution, row_names
+from pyterrier_mech.columns import head_name
+from pyterrier_mech.frames import with_columns
+from pyterrier_mech.inputs.alignment import Aligner, Alignment
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.pairs import (
     DIRECTIONS,
@@ -29,9 +32,6 @@ from pyterrier_mech.patch.pairs import (
     two_versions,
 )
 from pyterrier_mech.patch.runs import Head, run_side, side_inputs
-from pyterrier_mech.perturb.alignment import Aligner, Alignment
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import pool
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 PAIRED = ('attribution_patching', 'trapezoid', 'relp')

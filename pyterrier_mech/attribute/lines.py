@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyterrier_mech.perturb.alignment import Aligner, Alignment
+from pyterrier_mech.inputs.alignment import Aligner, Alignment
 from pyterrier_mech.rankers.ranker import Ranker
 
 Baseline = str | np.ndarray | Sequence[int] | Callable[[np.ndarray], Any]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from pyterrier_mech.attribute.lines import Line
 from pyterrier_mech.attribute.points import GRAPH, Batch, Node, Values
-from pyterrier_mech.rankers.batching import Budget, in_batches
+from pyterrier_mech.inputs.batching import Budget, in_batches
 from pyterrier_mech.rankers.ranker import Ranker
 
 _T = TypeVar('_T')

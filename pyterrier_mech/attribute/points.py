@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Encoder, hooked, pool
 from pyterrier_mech.attribute.lines import Line
+from pyterrier_mech.inputs.batching import Budget
 from pyterrier_mech.patch.runs import side_inputs
-from pyterrier_mech.rankers.batching import Budget
-from pyterrier_mech.rankers.encoder import Encoder, hooked, pool
 from pyterrier_mech.rankers.ranker import Ranker
 
 Values = tuple[torch.Tensor, torch.Tensor]

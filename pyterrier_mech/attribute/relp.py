@@ -12,7 +12,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from pyterrier_mech.rankers.encoder import Context, Encoder, Layer, Trace, rotate
+from pyterrier_mech.anatomy.encoder import Context, Encoder, Layer, Trace, rotate
 
 
 def linearised(encoder: Encoder, trace: Trace) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech._frames import require, strings
 from pyterrier_mech.attribute.lines import Baseline, Line, lines
-from pyterrier_mech.rankers.batching import Budget
+from pyterrier_mech.frames import require, strings
+from pyterrier_mech.inputs.batching import Budget
 from pyterrier_mech.rankers.ranker import Ranker
 
 # Settings that change how fast, not what comes out.

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyterrier_mech.anatomy.encoder import pool
+from pyterrier_mech.inputs.alignment import Alignment
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.interventions import Columns, PlainInputs, Replacement, Site, Values, columns_of, replaced
 from pyterrier_mech.patch.pairs import Pairs, float_type
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.perturb.alignment import Alignment
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import pool
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.units import Units
 
 
 def ablated_scores(

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_mech.circuits.ablation import ablated_scores
+from pyterrier_mech.evaluation.stats import bootstrap_by_query
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.interventions import check_value
 from pyterrier_mech.patch.pairs import Pairs, two_versions
-from pyterrier_mech.patch.units import Units
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.results.circuit import Circuit
-from pyterrier_mech.stats import bootstrap_by_query
+from pyterrier_mech.units import Units
 
 CIRCUIT, RANDOM = 'circuit', 'random'
 

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyterrier_mech._columns import head_name
-from pyterrier_mech._frames import require, strings
+from pyterrier_mech.anatomy.encoder import Context, Layer, rotate
 from pyterrier_mech.attribute.stage import Attribution
+from pyterrier_mech.columns import head_name
+from pyterrier_mech.frames import require, strings
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.interventions import TYPES, PlainInputs
 from pyterrier_mech.patch.pairs import float_type
 from pyterrier_mech.patch.runs import run_side
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import Context, Layer, rotate
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 FLOWS = (

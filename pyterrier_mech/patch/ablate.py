@@ -10,15 +10,15 @@ import pandas as pd
 import pyterrier as pt
 import torch
 
-from pyterrier_mech._columns import head_name
-from pyterrier_mech._frames import require, strings, with_columns
+from pyterrier_mech.columns import head_name
+from pyterrier_mech.frames import require, strings, with_columns
+from pyterrier_mech.inputs.batching import Budget, in_batches
 from pyterrier_mech.patch.engine import Engine, engine_for
 from pyterrier_mech.patch.interventions import PlainInputs, Replacement, check_value
 from pyterrier_mech.patch.pairs import float_type
 from pyterrier_mech.patch.runs import run_side
-from pyterrier_mech.patch.units import Unit, Units
-from pyterrier_mech.rankers.batching import Budget, in_batches
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.units import Unit, Units
 
 # Settings that change how fast, not what comes out.
 _NEUTRAL = ('batch_tokens', 'verbose')

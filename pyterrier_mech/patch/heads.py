@@ -10,13 +10,13 @@ import pandas as pd
 import pyterrier as pt
 import torch
 
-from pyterrier_mech._columns import head_name
-from pyterrier_mech._frames import with_columns
+from pyterrier_mech.columns import head_name
+from pyterrier_mech.frames import with_columns
+from pyterrier_mech.inputs.alignment import Alignment
+from pyterrier_mech.inputs.batching import Budget, in_batches
 from pyterrier_mech.patch.engine import Engine, engine_for
 from pyterrier_mech.patch.pairs import DIRECTIONS, Fields, Pairs, chosen_heads, no_pairs, noted, two_versions
 from pyterrier_mech.patch.runs import Head, run_sides
-from pyterrier_mech.perturb.alignment import Alignment
-from pyterrier_mech.rankers.batching import Budget, in_batches
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 EFFECTS = ('difference', 'normalized')

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Encoder, hooked, pool
 from pyterrier_mech.patch.runs import Head, Side
-from pyterrier_mech.rankers.encoder import Encoder, hooked, pool
 
 
 class Hooked:

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Encoder, hooked
+from pyterrier_mech.inputs.alignment import Aligner, Alignment
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.runs import side_inputs
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.perturb.alignment import Aligner, Alignment
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import Encoder, hooked
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import Units
 
 VALUES = ('zero', 'mean', 'resample')
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other')

@@ -11,9 +11,9 @@ import pandas as pd
 import pyterrier as pt
 import torch
 
-from pyterrier_mech._columns import PATCHING, parse_head
-from pyterrier_mech._frames import require, strings
-from pyterrier_mech.perturb.alignment import UNALIGNED, UNCHANGED, Aligner, Alignment
+from pyterrier_mech.columns import PATCHING, parse_head
+from pyterrier_mech.frames import require, strings
+from pyterrier_mech.inputs.alignment import UNALIGNED, UNCHANGED, Aligner, Alignment
 from pyterrier_mech.rankers.ranker import Ranker
 
 PATCHABLE = 'yes'

@@ -10,7 +10,9 @@ import pandas as pd
 import pyterrier as pt
 import torch
 
-from pyterrier_mech._frames import require, strings
+from pyterrier_mech.anatomy.encoder import pool
+from pyterrier_mech.frames import require, strings
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.ablate import Intervention
 from pyterrier_mech.patch.interventions import (
     Columns,
@@ -25,10 +27,8 @@ from pyterrier_mech.patch.interventions import (
 )
 from pyterrier_mech.patch.pairs import PATCHABLE, Fields, Pairs, two_versions
 from pyterrier_mech.patch.runs import side_inputs
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import pool
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.units import Units
 
 
 class AblatedReranker(Intervention):

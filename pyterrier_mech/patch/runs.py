@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pyterrier_mech.perturb.alignment import Alignment
-from pyterrier_mech.rankers.encoder import Encoder, Trace, pool
+from pyterrier_mech.anatomy.encoder import Encoder, Trace, pool
+from pyterrier_mech.inputs.alignment import Alignment
 
 Head = tuple[int, int]
 

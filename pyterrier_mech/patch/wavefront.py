@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pyterrier_mech.anatomy.encoder import Context, Encoder, Layer, activate, pool
 from pyterrier_mech.patch.runs import Head, Side
-from pyterrier_mech.rankers.encoder import Context, Encoder, Layer, activate, pool
 
 # On a CPU the work of a layer is cut into blocks whose intermediate values stay in the cache.
 _BLOCK_TOKENS = 1024

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech._frames import require, strings
+from pyterrier_mech.frames import require, strings
 
 
 class Perturbation:

@@ -1,5 +1,6 @@
 """From a ranker to a smaller and faster one: criteria score units, plans choose, surgery removes, recovery repairs."""
 
+from pyterrier_mech.evaluation.efficiency import efficiency
 from pyterrier_mech.prune.criteria import (
     L0,
     SMA,
@@ -13,14 +14,13 @@ from pyterrier_mech.prune.criteria import (
     Taylor,
 )
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.distillation import Distillation
-from pyterrier_mech.prune.efficiency import efficiency
-from pyterrier_mech.prune.fine_tuning import FineTuning
-from pyterrier_mech.prune.latency import latency_costs
-from pyterrier_mech.prune.plan import Plan
-from pyterrier_mech.prune.planning import make_plan
+from pyterrier_mech.prune.plans.latency import latency_costs
+from pyterrier_mech.prune.plans.plan import Plan
+from pyterrier_mech.prune.plans.planning import make_plan
+from pyterrier_mech.prune.recovery.distillation import Distillation
+from pyterrier_mech.prune.recovery.fine_tuning import FineTuning
+from pyterrier_mech.prune.recovery.rescaling import Rescaling
 from pyterrier_mech.prune.reranker import PrunedReranker
-from pyterrier_mech.prune.rescaling import Rescaling
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.surgery import prune_units, remove_units
 from pyterrier_mech.prune.unstructured import mask_weights

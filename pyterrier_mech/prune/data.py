@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pyterrier_mech._frames import strings
+from pyterrier_mech.frames import strings
 from pyterrier_mech.rankers.ranker import Ranker
 
 

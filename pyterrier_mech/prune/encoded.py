@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pyterrier_mech.rankers.encoder import pool
-from pyterrier_mech.rankers.encoding import Ragged
+from pyterrier_mech.anatomy.encoder import pool
+from pyterrier_mech.inputs.tokens import Ragged
 from pyterrier_mech.rankers.ranker import Ranker
 
 

@@ -12,24 +12,24 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech._columns import FITTED_ON
-from pyterrier_mech._compare import refuse_seen
-from pyterrier_mech._frames import require, strings
-from pyterrier_mech.patch.units import Units
+from pyterrier_mech.anatomy.resizing import check_resizable
+from pyterrier_mech.columns import FITTED_ON
+from pyterrier_mech.evaluation.runs import refuse_seen
+from pyterrier_mech.evaluation.stats import Comparison, compare
+from pyterrier_mech.frames import require, strings
 from pyterrier_mech.prune.criteria import Criterion, Recovery, check_needs
+from pyterrier_mech.prune.criteria.gradient import Fisher
 from pyterrier_mech.prune.data import FitData, fit_data
 from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.gradient import Fisher
-from pyterrier_mech.prune.latency import corrected, latency_costs
-from pyterrier_mech.prune.plan import Plan
-from pyterrier_mech.prune.planning import check_budget, check_plan_settings, make_plan
-from pyterrier_mech.prune.rescaling import Rescaling
+from pyterrier_mech.prune.plans.latency import corrected, latency_costs
+from pyterrier_mech.prune.plans.plan import Plan
+from pyterrier_mech.prune.plans.planning import check_budget, check_plan_settings, make_plan
+from pyterrier_mech.prune.recovery.rescaling import Rescaling
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.storing import HISTORY, Fitted
 from pyterrier_mech.prune.surgery import prune_units
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable
-from pyterrier_mech.stats import Comparison, compare
+from pyterrier_mech.units import Units
 
 
 class PrunedReranker(pt.Artifact, pt.Estimator):
@@ -275,7 +275,9 @@ class PrunedReranker(pt.Artifact, pt.Estimator):
         """
         pruned = self._fitted()
         if not isinstance(self.model, Ranker):
-            raise TypeError('the unpruned ranker is not saved: compare runs of both with pyterrier_mech.stats.compare')
+            raise TypeError(
+                'the unpruned ranker is not saved: compare runs of both with pyterrier_mech.evaluation.stats.compare'
+            )
         require(frame, self, ['query', self._text])
         refuse_seen(set(frame['qid'].astype(str)) & set(qrels['qid'].astype(str)), self.qids_, {})
         pairs = strings(frame, 'query', self), strings(frame, self._text, self)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech._columns import head_name
-from pyterrier_mech.patch.units import neuron_name
+from pyterrier_mech.columns import head_name
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import neuron_name
 
 KINDS = ('heads', 'neurons')
 

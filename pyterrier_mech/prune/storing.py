@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.prune.plan import Plan
+from pyterrier_mech.prune.plans.plan import Plan
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.saving import save_ranker
-from pyterrier_mech.results._saving import META, appearing, read_meta
+from pyterrier_mech.saving import META, appearing, read_meta
 
 HISTORY = ('recovery', 'step', 'loss', 'validation')
 

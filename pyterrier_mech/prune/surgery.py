@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from pyterrier_mech.patch.units import Units
+from pyterrier_mech.anatomy.resizing import check_resizable, keep_units
 from pyterrier_mech.rankers.bi_encoder import BiEncoder
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable, keep_units
+from pyterrier_mech.units import Units
 
 
 def prune_units(model: Ranker, heads: Sequence[Sequence[int]], neurons: Sequence[Sequence[int]]) -> Ranker:

@@ -10,11 +10,11 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Encoder, Layer
+from pyterrier_mech.anatomy.resizing import check_resizable
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.surgery import around
-from pyterrier_mech.rankers.encoder import Encoder, Layer
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable
 
 _Weighted = tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]
 

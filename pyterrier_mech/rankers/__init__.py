@@ -4,9 +4,9 @@
 found by the names in `families`; `encoding` turns texts into ids and `batching` fills batches by token count.
 """
 
+from pyterrier_mech.anatomy.families import Family, register_family
 from pyterrier_mech.rankers.bi_encoder import BiEncoder
 from pyterrier_mech.rankers.cross_encoder import CrossEncoder
-from pyterrier_mech.rankers.families import Family, register_family
 from pyterrier_mech.rankers.ranker import Ranker
 
 __all__ = ['BiEncoder', 'CrossEncoder', 'Family', 'Ranker', 'register_family']

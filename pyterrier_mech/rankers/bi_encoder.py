@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoding import Ragged
+from pyterrier_mech.inputs.batching import in_batches
+from pyterrier_mech.inputs.tokens import Ragged
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 POOLINGS = ('cls', 'mean')

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyterrier_mech.rankers.batching import in_batches
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.rankers.ranker import Loaded, Ranker, as_numpy
 
 

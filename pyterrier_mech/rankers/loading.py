@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
 
-from pyterrier_mech.rankers.families import family_of
-from pyterrier_mech.rankers.resizing import keep_units
+from pyterrier_mech.anatomy.families import family_of
+from pyterrier_mech.anatomy.resizing import keep_units
 
 DTYPES = {
     'float32': torch.float32,

@@ -15,10 +15,10 @@ import pyterrier as pt
 import torch
 from torch import nn
 
-from pyterrier_mech._frames import require, strings
-from pyterrier_mech.rankers.batching import Budget, default_budget
-from pyterrier_mech.rankers.encoder import Encoder, evaluating, first_position
-from pyterrier_mech.rankers.encoding import InputMaker, Ragged
+from pyterrier_mech.anatomy.encoder import Encoder, evaluating, first_position
+from pyterrier_mech.frames import require, strings
+from pyterrier_mech.inputs.batching import Budget, default_budget
+from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.rankers.loading import (
     device_of,
     dtype_of,

@@ -9,10 +9,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from pyterrier_mech.anatomy.resizing import check_resizable
 from pyterrier_mech.rankers.bi_encoder import BiEncoder
 from pyterrier_mech.rankers.loading import PRUNED, WEIGHTS
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable
 
 
 def save_ranker(model: Ranker, folder: str | Path) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech._columns import PATCHING, head_columns, parse_head
-from pyterrier_mech.stats import bootstrap_by_query
+from pyterrier_mech.columns import PATCHING, head_columns, parse_head
+from pyterrier_mech.evaluation.stats import bootstrap_by_query
 
 # Below this score change a single pair says little about its heads.
 LOW_DELTA = 0.05

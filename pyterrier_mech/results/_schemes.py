@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.patch.units import neuron_name
+from pyterrier_mech.units import neuron_name
 
 DATASET, SCHEME = 'dataset', 'scheme'
 GROUPS = ('relevant', 'non_relevant')

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech._columns import head_name
-from pyterrier_mech.patch.units import Units, neuron_name
-from pyterrier_mech.results._saving import SavedResult
+from pyterrier_mech.columns import head_name
+from pyterrier_mech.saving import SavedResult
+from pyterrier_mech.units import Units, neuron_name
 
 UNKNOWN = 'unknown'
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech._columns import head_name
+from pyterrier_mech.columns import head_name
 from pyterrier_mech.results._aggregate import aggregate
-from pyterrier_mech.results._saving import SavedResult
+from pyterrier_mech.saving import SavedResult
 
 _SUMMARY = (
     'confidence',

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.results._saving import SavedResult
 from pyterrier_mech.results._schemes import DATASET, GROUPS, SCHEME, aggregate
+from pyterrier_mech.saving import SavedResult
+from pyterrier_mech.units import Units
 
 LABELS = ('relevance', *GROUPS)
 ORDERS = ('value', 'magnitude')

@@ -1,11 +1,11 @@
 """All criteria: rules that say how much every head and neuron of a ranker is worth keeping."""
 
-from pyterrier_mech.prune.basic import Magnitude, Random
-from pyterrier_mech.prune.causal import Conductance, Patching
-from pyterrier_mech.prune.gradient import Fisher, Taylor
+from pyterrier_mech.prune.criteria.basic import Magnitude, Random
+from pyterrier_mech.prune.criteria.causal import Conductance, Patching
+from pyterrier_mech.prune.criteria.gradient import Fisher, Taylor
+from pyterrier_mech.prune.criteria.sma import SMA
+from pyterrier_mech.prune.criteria.trained import L0, Movement
 from pyterrier_mech.prune.protocol import Criterion, Recovery, check_needs, sample
-from pyterrier_mech.prune.sma import SMA
-from pyterrier_mech.prune.trained import L0, Movement
 
 __all__ = [
     'L0',

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyterrier_mech._frames import strings
-from pyterrier_mech.rankers.batching import Budget
+from pyterrier_mech.frames import strings
+from pyterrier_mech.inputs.batching import Budget
 from pyterrier_mech.rankers.ranker import Ranker
 
 _MIB = 2**20

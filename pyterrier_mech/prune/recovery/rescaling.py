@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Context, Layer
+from pyterrier_mech.anatomy.resizing import check_resizable
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.encoded import Encoded
 from pyterrier_mech.prune.protocol import sample
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import Context, Layer
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyterrier_mech.anatomy.encoder import hooked
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.plan import fingerprint
+from pyterrier_mech.prune.plans.plan import fingerprint
 from pyterrier_mech.prune.protocol import sample, take
-from pyterrier_mech.prune.training import Schedule, check_comparable, digest, train
-from pyterrier_mech.rankers.encoder import hooked
+from pyterrier_mech.prune.recovery.training import Schedule, check_comparable, digest, train
 from pyterrier_mech.rankers.ranker import Ranker
 
 # More validation rows than this make training slower, not stops better.

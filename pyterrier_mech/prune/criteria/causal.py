@@ -13,22 +13,22 @@ import pyterrier as pt
 import torch
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Encoder, Layer, hooked
 from pyterrier_mech.attribute.lines import check_baseline, lines
 from pyterrier_mech.attribute.path import Rule, integrate
 from pyterrier_mech.attribute.points import GRAPH
 from pyterrier_mech.attribute.stage import row_names
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.interventions import columns_of, recorded
 from pyterrier_mech.patch.pairs import Pairs, two_versions
 from pyterrier_mech.patch.runs import side_inputs
-from pyterrier_mech.patch.units import Units
 from pyterrier_mech.perturb.stage import Perturb
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.protocol import check_needs, sample
 from pyterrier_mech.prune.scores import UnitScores
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import Encoder, Layer, hooked
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.units import Units
 
 Perturbing = Callable[[str, str], str] | pt.Transformer
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyterrier_mech.anatomy.encoder import Encoder, hooked
 from pyterrier_mech.attribute.path import not_finite
 from pyterrier_mech.attribute.points import GRAPH
 from pyterrier_mech.attribute.stage import row_names
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.interventions import PlainInputs
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import Encoder, hooked
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 Gates = Sequence[torch.Tensor]

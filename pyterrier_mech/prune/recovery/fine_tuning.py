@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.distillation import identity_of, same_group, schedule_of, settings_of
 from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.training import digest, train
+from pyterrier_mech.prune.recovery.distillation import identity_of, same_group, schedule_of, settings_of
+from pyterrier_mech.prune.recovery.training import digest, train
 from pyterrier_mech.rankers.ranker import Ranker
 
 _NAMES = {'qid': 'query_id', 'docno': 'doc_id', 'label': 'relevance'}

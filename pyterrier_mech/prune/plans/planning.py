@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.prune.allocation import ALLOCATIONS, Stack, fill, least_cost, stacks
-from pyterrier_mech.prune.costs import Costs, flop_costs, parameter_costs
-from pyterrier_mech.prune.plan import Plan, plan_keeping
+from pyterrier_mech.anatomy.resizing import check_resizable
+from pyterrier_mech.prune.plans.allocation import ALLOCATIONS, Stack, fill, least_cost, stacks
+from pyterrier_mech.prune.plans.costs import Costs, flop_costs, parameter_costs
+from pyterrier_mech.prune.plans.plan import Plan, plan_keeping
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable
+from pyterrier_mech.units import Units
 
 BUDGETS = ('flops', 'parameters', 'latency')
 

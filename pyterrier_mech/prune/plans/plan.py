@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from pyterrier_mech.patch.units import Units
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import Units
 
 Indices = tuple[tuple[int, ...], ...]
 

@@ -14,16 +14,16 @@ import pyterrier as pt
 import torch
 import torch.nn.functional as F
 
+from pyterrier_mech.anatomy.encoder import Encoder
 from pyterrier_mech.attribute.points import GRAPH
+from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.patch.interventions import PlainInputs
-from pyterrier_mech.prune.basic import head_weights, neuron_weights
-from pyterrier_mech.prune.costs import flop_costs
+from pyterrier_mech.prune.criteria.basic import head_weights, neuron_weights
+from pyterrier_mech.prune.criteria.gates import gated, score_rows
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.gates import gated, score_rows
+from pyterrier_mech.prune.plans.costs import flop_costs
 from pyterrier_mech.prune.protocol import check_needs, drawn_order, take
 from pyterrier_mech.prune.scores import UnitScores
-from pyterrier_mech.rankers.batching import in_batches
-from pyterrier_mech.rankers.encoder import Encoder
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 Tensors = list[torch.Tensor]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation
 
-from pyterrier_mech.rankers.families import Family, family_of
+from pyterrier_mech.anatomy.families import Family, family_of
 
 
 @dataclass

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pyterrier_mech.prune.criteria.gates import unit_gradients
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.gates import unit_gradients
 from pyterrier_mech.prune.protocol import check_needs, sample, take
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
-from pyterrier_mech._columns import head_name, parse_head
+from pyterrier_mech.columns import head_name, parse_head
 from pyterrier_mech.rankers.ranker import Ranker
 
 Unit = tuple[int, int]

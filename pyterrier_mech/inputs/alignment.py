@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.rankers.encoding import InputMaker
+from pyterrier_mech.inputs.tokens import InputMaker
 
 MASK_FILLER = 'mask'
 UNCHANGED = 'nothing changed'

@@ -18,13 +18,13 @@ import pandas as pd
 import pyterrier as pt
 import torch
 
-from pyterrier_mech.prune.costs import Costs
+from pyterrier_mech.anatomy.resizing import check_resizable
 from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.plan import Plan
+from pyterrier_mech.prune.plans.costs import Costs
+from pyterrier_mech.prune.plans.plan import Plan
 from pyterrier_mech.prune.scores import KINDS
 from pyterrier_mech.prune.surgery import prune_units
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.rankers.resizing import check_resizable
 
 # Shares of all heads or neurons at which time is measured; between them it is interpolated.
 _GRID = (0.25, 0.5, 0.75, 1.0)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.prune.costs import Costs
+from pyterrier_mech.prune.plans.costs import Costs
 from pyterrier_mech.prune.scores import KINDS, UnitScores
+from pyterrier_mech.units import Units
 
 # How far an adaptive allocation may go from the uniform one: a layer keeps at most twice, at least half of its share.
 _FACTOR = 2.0

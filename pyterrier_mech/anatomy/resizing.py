@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyterrier_mech.rankers.encoder import Encoder, Layer
-from pyterrier_mech.rankers.families import Family, family_of, known_types
+from pyterrier_mech.anatomy.encoder import Encoder, Layer
+from pyterrier_mech.anatomy.families import Family, family_of, known_types
 
 # What Hugging Face attention modules call their number of heads and the width of all heads together.
 _COUNTS = ('num_attention_heads', 'n_heads')

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from pyterrier_mech.anatomy.encoder import Layer
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.scores import UnitScores
-from pyterrier_mech.rankers.encoder import Layer
 from pyterrier_mech.rankers.ranker import Ranker
 
 Of = Callable[[torch.Tensor], torch.Tensor]

@@ -12,14 +12,21 @@ from scipy.stats import rankdata
 from pyterrier_mech.circuits.discovery import discover_circuit
 from pyterrier_mech.circuits.roles import FLOWS, ODDS, SHARE, AttentionShares, head_roles
 from pyterrier_mech.patch.ablate import AblateHeads
-from pyterrier_mech.patch.units import Units
-from pyterrier_mech.prune.causal import Perturbing, mean_effects, patch_stage, patchable, two_versions_of, variants
+from pyterrier_mech.prune.criteria.causal import (
+    Perturbing,
+    mean_effects,
+    patch_stage,
+    patchable,
+    two_versions_of,
+    variants,
+)
+from pyterrier_mech.prune.criteria.gates import unit_gradients
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.gates import unit_gradients
 from pyterrier_mech.prune.protocol import check_count, check_needs, sample
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.results import HeadEffects
+from pyterrier_mech.units import Units
 
 Layers = list[np.ndarray]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from pyterrier_mech.rankers.encoder import Layer
+from pyterrier_mech.anatomy.encoder import Layer
 from pyterrier_mech.rankers.ranker import Ranker
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pyterrier as pt
 from scipy import stats
 
-from pyterrier_mech._columns import FITTED_ON
+from pyterrier_mech.columns import FITTED_ON
 
 _KEYS = ['qid', 'docno']
 

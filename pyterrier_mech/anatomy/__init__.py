@@ -1,0 +1,1 @@
+"""A Hugging Face module as a map of sites."""

@@ -1,0 +1,1 @@
+"""Uncertainty, comparison, measures, efficiency."""
