@@ -1,84 +1,145 @@
-"""Sets of heads and neurons: what an intervention acts on."""
+"""The one language for places in a model: names, sites, units, and sets of units.
+
+A site is a tensor that passes through a model: the head outputs of layer 3, the residual stream before layer 3. A unit
+is one entry of a site: a head or a neuron. `L3H7` is a head, `L3N120` a neuron; where a model has several stacks of
+layers, the stack stands first: `cross.L3H7`. Layers and units are counted from 0.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from pyterrier_mech.columns import head_name, parse_head
-from pyterrier_mech.rankers.ranker import Ranker
+import pandas as pd
 
-Unit = tuple[int, int]
+from pyterrier_mech.draws import shuffled
 
-_NEURON = re.compile(r'L(0|[1-9][0-9]*)N(0|[1-9][0-9]*)')
-_FORMS = "'L3H7' is a head, 'L3N120' a neuron, (3, 7) a head; layers and units are counted from 0."
+HEADS, NEURONS = 'heads', 'neurons'
+LETTERS = {HEADS: 'H', NEURONS: 'N'}
+KINDS = tuple(LETTERS)
+
+_KIND_OF = {letter: kind for kind, letter in LETTERS.items()}
+_NAME = re.compile(r'(?:([a-z]+)\.)?L(0|[1-9][0-9]*)([HN])(0|[1-9][0-9]*)')
+_FORMS = "Write 'L3H7' for a head, 'L3N120' for a neuron, (3, 7) for a head; layers and units are counted from 0."
 
 
-def neuron_name(layer: int, neuron: int) -> str:
-    """Returns the name of a neuron: ``neuron_name(3, 120) == 'L3N120'``."""
-    return f'L{layer}N{neuron}'
+class Site(NamedTuple):
+    """A tensor of a model: `kind` ('heads', 'neurons', 'resid_pre', …), layer, and stack ('' where there is one)."""
+
+    kind: str
+    layer: int
+    stack: str = ''
+
+    @property
+    def prefix(self) -> str:
+        """How the names of its units begin: 'L3', 'cross.L3'."""
+        return f'{self.stack}.L{self.layer}' if self.stack else f'L{self.layer}'
+
+    @property
+    def name(self) -> str:
+        """Its name: 'resid_pre.L3'."""
+        return f'{self.kind}.{self.prefix}'
 
 
-@dataclass(frozen=True, repr=False)
-class Units:
+class Unit(NamedTuple):
+    """One head or neuron of a site."""
+
+    site: Site
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Its name: 'L3H7'."""
+        return f'{self.site.prefix}{LETTERS[self.site.kind]}{self.index}'
+
+
+class Countable(Protocol):
+    """What has units: a ranker."""
+
+    def counts(self, kind: str) -> Mapping[Site, int]:
+        """Returns how many units each site of a kind has."""
+
+
+def head(layer: int, number: int) -> Unit:
+    """Returns a head of a model with one stack."""
+    return Unit(Site(HEADS, layer), number)
+
+
+def neuron(layer: int, number: int) -> Unit:
+    """Returns a neuron of a model with one stack."""
+    return Unit(Site(NEURONS, layer), number)
+
+
+def parse(name: Any, kind: str = HEADS) -> Unit:
+    """Returns the unit of a name, of a `Unit`, or of a tuple (layer, number) of the given kind.
+
+    Raises:
+        ValueError: If it does not name a unit.
+    """
+    if isinstance(name, str):
+        match = _NAME.fullmatch(name)
+        if match is not None:
+            stack, layer, letter, number = match.groups()
+            return Unit(Site(_KIND_OF[letter], int(layer), stack or ''), int(number))
+    elif isinstance(name, Unit):
+        return name
+    else:
+        try:
+            layer, number = (index(part) for part in name)
+        except (TypeError, ValueError):
+            layer = number = -1
+        if layer >= 0 and number >= 0:
+            return Unit(Site(kind, layer), number)
+    raise ValueError(f'{name!r} does not name a head or a neuron. {_FORMS}')
+
+
+def unit_columns(frame: pd.DataFrame, kind: str = HEADS) -> list[Unit]:
+    """Returns the units of a kind that have a column in a frame, sorted, whatever the order of the columns."""
+    found = (_NAME.fullmatch(column) for column in frame.columns if isinstance(column, str))
+    return sorted(parse(match[0]) for match in found if match is not None and _KIND_OF[match[3]] == kind)
+
+
+class Units(frozenset[Unit]):
     """A set of attention heads and of neurons (entries of what the last linear map of a feed-forward block reads).
 
-    Equal sets are equal and hash alike. `|`, `&` and `-` are those of sets; iteration gives the names, heads first,
-    in the order of (layer, unit).
-
-    Attributes:
-        heads: (layer, head), both counted from 0.
-        neurons: (layer, neuron), both counted from 0.
+    A set as any other, of `Unit`; `|`, `&` and `-` give `Units`. Sort it where an order is needed.
     """
-
-    heads: frozenset[Unit] = frozenset()
-    neurons: frozenset[Unit] = frozenset()
 
     @classmethod
     def of(cls, units: Any) -> Units:
         """Makes a set of units from what names them.
 
         Args:
-            units: `Units`; an object that has them as `.units`; a name or an iterable of names and of tuples
-                (layer, head), as in ``['L3H7', 'L3N120', (0, 2)]``; or ``{'heads': [...], 'neurons': [...]}``, where
-                a tuple is a head or a neuron after its key.
+            units: `Units`; an object that has them as `.units`, such as a circuit; a name or an iterable of names and
+                of tuples (layer, head), as in ``['L3H7', 'L3N120', (0, 2)]``; or ``{'heads': [...], 'neurons':
+                [...]}``, where a tuple is a head or a neuron after its key.
 
         Raises:
             TypeError: If it is none of these.
-            ValueError: If a name or tuple names no unit.
+            ValueError: If a name or tuple does not name a unit.
         """
         if isinstance(units, Units):
             return units
         if hasattr(units, 'units'):
             return cls.of(units.units)
+        if isinstance(units, (str, Unit)):
+            return cls([parse(units)])
         if isinstance(units, Mapping):
-            return _from_mapping(units)
-        if isinstance(units, str):
-            units = [units]
+            return cls(_from_mapping(units))
         if not isinstance(units, Iterable):
-            raise TypeError(f'{units!r} names no heads and neurons: give a list of them. {_FORMS}')
-        kinds: dict[str, set[Unit]] = {'heads': set(), 'neurons': set()}
-        for unit in units:
-            kind, pair = _parse(unit, 'heads')
-            kinds[kind].add(pair)
-        return cls(frozenset(kinds['heads']), frozenset(kinds['neurons']))
+            raise TypeError(f'units must be a list of names; got {units!r}. {_FORMS}')
+        return cls(parse(unit) for unit in units)
 
     @classmethod
-    def all(cls, model: Ranker) -> Units:
-        """Returns every head and neuron of a ranker."""
-        layers = range(model.n_layers)
-        return cls(
-            frozenset((layer, head) for layer in layers for head in range(model.n_heads(layer))),
-            frozenset((layer, neuron) for layer in layers for neuron in range(model.n_neurons(layer))),
-        )
+    def all(cls, model: Countable, kinds: Sequence[str] = KINDS) -> Units:
+        """Returns every unit of a ranker, of some kinds."""
+        counts = [model.counts(kind) for kind in kinds]
+        return cls(Unit(site, number) for sites in counts for site, count in sites.items() for number in range(count))
 
     @classmethod
-    def random(cls, like: Any, model: Ranker, seed: int, per_layer: bool = True) -> Units:
+    def random(cls, like: Any, model: Countable, seed: int, per_layer: bool = True) -> Units:
         """Draws as many heads and neurons as another set has.
 
         With one seed, a larger draw contains every smaller one, so that a curve over sizes follows one random order.
@@ -86,131 +147,98 @@ class Units:
         Args:
             like: What `of` accepts; its units may be drawn too.
             model: The ranker whose units are drawn.
-            seed: Of the draw.
+            seed: Random seed.
             per_layer: Whether every layer gives as many as in `like`; otherwise only the totals are the same.
 
         Raises:
-            ValueError: If `like` has a unit that the ranker has not.
+            ValueError: If `like` has a unit that the ranker does not have.
         """
-        like = cls.of(like).check(model)
-        every = cls.all(model)
-        drawn: dict[str, frozenset[Unit]] = {}
-        for kind in ('heads', 'neurons'):
-            wanted, there = getattr(like, kind), getattr(every, kind)
-            groups = range(model.n_layers) if per_layer else [None]
-            drawn[kind] = frozenset(
-                unit
-                for layer in groups
-                for unit in _draw(_within(there, layer), len(_within(wanted, layer)), (int(seed), kind, layer))
-            )
-        return cls(**drawn)
+        wanted = cls.of(like).check(model)
+        drawn: list[Unit] = []
+        for kind in KINDS:
+            counts = model.counts(kind)
+            for sites in [[site] for site in counts] if per_layer else [sorted(counts)]:
+                key = (int(seed), kind, sites[0].layer if per_layer else None, *filter(None, [sites[0].stack]))
+                there = [Unit(site, number) for site in sites for number in range(counts[site])]
+                drawn += shuffled(there, *key)[: len(wanted.at(*sites))]
+        return cls(drawn)
 
-    def complement(self, model: Ranker) -> Units:
+    def at(self, *sites: Site) -> Units:
+        """Returns the units of some sites."""
+        return Units(unit for unit in self if unit.site in sites)
+
+    def of_kind(self, kind: str) -> Units:
+        """Returns the units of a kind, 'heads' or 'neurons'."""
+        return Units(unit for unit in self if unit.site.kind == kind)
+
+    @property
+    def heads(self) -> Units:
+        """The heads."""
+        return self.of_kind(HEADS)
+
+    @property
+    def neurons(self) -> Units:
+        """The neurons."""
+        return self.of_kind(NEURONS)
+
+    def by_site(self) -> dict[Site, list[int]]:
+        """Returns the sorted unit numbers of every site that has one, sites sorted."""
+        sites: dict[Site, list[int]] = {}
+        for unit in sorted(self):
+            sites.setdefault(unit.site, []).append(unit.index)
+        return sites
+
+    def complement(self, model: Countable) -> Units:
         """Returns all other heads and neurons of a ranker.
 
         Raises:
-            ValueError: If the ranker has not all of these units.
+            ValueError: If the ranker does not have all of these units.
         """
         return self.all(model) - self.check(model)
 
-    def check(self, model: Ranker) -> Units:
+    def check(self, model: Countable) -> Units:
         """Returns these units if a ranker has them all.
 
         Raises:
             ValueError: If not; the message names the first unit and how many the ranker has.
         """
-        _check(sorted(self.heads), 'head', head_name, model.head_counts, model)
-        if self.neurons:
-            counts = [model.n_neurons(layer) for layer in range(model.n_layers)]
-            _check(sorted(self.neurons), 'neuron', neuron_name, counts, model)
+        for kind in {unit.site.kind for unit in self}:
+            counts = model.counts(kind)
+            for unit in sorted(self.of_kind(kind)):
+                if unit.index >= counts.get(unit.site, 0):
+                    raise ValueError(
+                        f'{unit.name}: {model!r} does not have it; it has {list(counts.values())} {kind}, layer by layer'
+                    )
         return self
 
     @property
     def names(self) -> list[str]:
         """Names of the heads, then of the neurons, each in the order of (layer, unit)."""
-        return [head_name(*unit) for unit in sorted(self.heads)] + [neuron_name(*unit) for unit in sorted(self.neurons)]
+        return [unit.name for unit in sorted(self)]
 
-    def __iter__(self) -> Iterator[str]:
-        """Gives the names."""
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        """Number of heads and neurons."""
-        return len(self.heads) + len(self.neurons)
-
-    def __or__(self, other: Units) -> Units:
+    def __or__(self, other: Any) -> Units:
         """Union."""
-        if not isinstance(other, Units):
-            return NotImplemented
-        return Units(self.heads | other.heads, self.neurons | other.neurons)
+        return Units(frozenset.__or__(self, other)) if isinstance(other, Units) else NotImplemented
 
-    def __and__(self, other: Units) -> Units:
+    def __and__(self, other: Any) -> Units:
         """Intersection."""
-        if not isinstance(other, Units):
-            return NotImplemented
-        return Units(self.heads & other.heads, self.neurons & other.neurons)
+        return Units(frozenset.__and__(self, other)) if isinstance(other, Units) else NotImplemented
 
-    def __sub__(self, other: Units) -> Units:
+    def __sub__(self, other: Any) -> Units:
         """Difference."""
-        if not isinstance(other, Units):
-            return NotImplemented
-        return Units(self.heads - other.heads, self.neurons - other.neurons)
+        return Units(frozenset.__sub__(self, other)) if isinstance(other, Units) else NotImplemented
 
     def __repr__(self) -> str:
         """Rebuilds the set."""
         return f'Units.of({self.names!r})'
 
 
-def _from_mapping(units: Mapping[Any, Any]) -> Units:
-    unknown = [key for key in units if key not in ('heads', 'neurons')]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no kind of unit: the keys are 'heads' and 'neurons'")
-    kinds: dict[str, frozenset[Unit]] = {}
+def _from_mapping(units: Mapping[Any, Any]) -> Iterator[Unit]:
     for kind, members in units.items():
-        parsed = [(_parse(member, kind), member) for member in members]
-        wrong = [member for (found, _), member in parsed if found != kind]
-        if wrong:
-            raise ValueError(f'{wrong[0]!r} stands among the {kind}, which it is none of. {_FORMS}')
-        kinds[kind] = frozenset(pair for (_, pair), _ in parsed)
-    return Units(**kinds)
-
-
-def _parse(unit: Any, kind: str) -> tuple[str, Unit]:
-    """Returns the kind and (layer, number) of a name, or of a tuple that is of `kind`."""
-    if isinstance(unit, str):
-        neuron = _NEURON.fullmatch(unit)
-        if neuron is not None:
-            return 'neurons', (int(neuron[1]), int(neuron[2]))
-        try:
-            return 'heads', parse_head(unit)
-        except ValueError:
-            raise ValueError(f'{unit!r} does not name a head or a neuron. {_FORMS}') from None
-    try:
-        layer, number = (index(part) for part in unit)
-    except (TypeError, ValueError):
-        raise ValueError(f'{unit!r} does not name a head or a neuron. {_FORMS}') from None
-    if layer < 0 or number < 0:
-        raise ValueError(f'{unit!r} does not name a head or a neuron. {_FORMS}')
-    return kind, (layer, number)
-
-
-def _check(
-    units: Sequence[Unit], word: str, name: Callable[[int, int], str], counts: Sequence[int], model: Ranker
-) -> None:
-    for layer, number in units:
-        if layer >= len(counts) or number >= counts[layer]:
-            raise ValueError(
-                f'{name(layer, number)}: {model!r} has no {word} {number} in layer {layer}; it has '
-                f'{list(counts)} {word}s, layer by layer'
-            )
-
-
-def _within(units: Iterable[Unit], layer: int | None) -> list[Unit]:
-    return sorted(unit for unit in units if layer is None or unit[0] == layer)
-
-
-def _draw(units: Sequence[Unit], count: int, key: tuple[Any, ...]) -> list[Unit]:
-    generator = random.Random(int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), 'big'))
-    # Of the methods of Random only random() is promised to draw the same in every version of Python.
-    order = sorted((generator.random(), unit) for unit in units)
-    return [unit for _, unit in order[:count]]
+        if kind not in KINDS:
+            raise ValueError(f"the keys must be 'heads' and 'neurons'; got {kind!r}")
+        for member in members:
+            unit = parse(member, kind)
+            if unit.site.kind != kind:
+                raise ValueError(f'{member!r} stands among the {kind}, but is not one of them. {_FORMS}')
+            yield unit
