@@ -67,7 +67,7 @@ class Analysis:
         before = _only(inp)
         if before is None or not self.same_as(before):
             return str(self)
-        earlier = [name for name in before.columns if name not in self.columns]
+        earlier = [name for name in before.columns if name in inp.columns and name not in self.columns]
         return str(Analysis(self.name, self.settings, [*earlier, *self.columns]))
 
 
