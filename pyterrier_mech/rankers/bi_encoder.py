@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.inputs.batching import in_batches
+from pyterrier_mech.inputs.inputs import Inputs, checked_rows, checked_texts
 from pyterrier_mech.inputs.tokens import Ragged
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
-POOLINGS = ('cls', 'mean')
 SIMILARITIES = ('cosine', 'dot')
 
 
+@dataclass(eq=False, repr=False)
 class BiEncoder(Ranker):
     """Re-ranks with the similarity of a query vector and a text vector.
 
@@ -50,64 +51,37 @@ class BiEncoder(Ranker):
     towers = (('query',), ('text',))
     classifier = False
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        *,
-        tokenizer: Any = None,
-        pooling: str | None = None,
-        similarity: str | None = None,
-        query_prefix: str | None = None,
-        text_prefix: str | None = None,
-        text_field: str = 'text',
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        verbose: bool = False,
-    ):
-        """Stores the settings; weights are loaded when first needed."""
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            text_field=text_field,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            device=device,
-            dtype=dtype,
-            verbose=verbose,
-        )
-        self.pooling = pooling
-        self.similarity = similarity
-        self.query_prefix = query_prefix
-        self.text_prefix = text_prefix
+    _: KW_ONLY
+    pooling: str | None = None
+    similarity: str | None = None
+    query_prefix: str | None = None
+    text_prefix: str | None = None
 
     def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """Returns the similarity of every pair as float32 (float64 for a float64 model), [pairs]."""
-        if not len(queries):
+        """Returns the similarity of every pair, [pairs]: float32, or float64 for a float64 model."""
+        if not len(queries) and not len(texts):
             return np.zeros(0, dtype=np.float32)
+        values = checked_rows(queries, texts)
         with self.computing():
-            return as_numpy(self.read([self.vectors('query', queries), self.vectors('text', texts)]))
+            return self.finite(as_numpy(self.read([self.vectors(field, values[field]) for field in values])))
 
     def encode(self, field: str, texts: Sequence[str]) -> np.ndarray:
         """Returns the pooled vectors [texts, d] of a field, 'query' or 'text', before any normalisation."""
         with self.computing():
-            return as_numpy(self.vectors(field, texts))
+            return as_numpy(self.vectors(field, checked_texts('texts', texts)))
 
     def vectors(self, field: str, texts: Sequence[str]) -> torch.Tensor:
         """As `encode`, on the device; equal texts are encoded once."""
         rows, distinct = pd.factorize(np.asarray(texts, dtype=object))
-        parts = self.cut([self.tokenize(field, list(distinct))])
-        maker, budget, encoder = self.loaded.maker, self.loaded.budget, self.encoder
+        inputs = Inputs.of_field(self, field, list(distinct))
 
         def step(batch: np.ndarray) -> torch.Tensor:
-            inputs = maker.batch([parts[0].take(batch)], encoder.device)
-            return encoder.pooled(inputs, self.pooling_)
+            return self.represent(inputs, 0, batch)
 
         done = list(
             in_batches(
-                parts[0].lengths + maker.template(1).n_special,
-                budget,
+                inputs.lengths,
+                self.budget,
                 step,
                 verbose=self.verbose,
                 desc=f'{type(self).__name__} {field}',
@@ -129,7 +103,7 @@ class BiEncoder(Ranker):
             query, text = F.normalize(query, dim=-1), F.normalize(text, dim=-1)
         return (query * text).sum(-1)
 
-    @cached_property
+    @property
     def _saved(self) -> dict[str, Any]:
         """What a sentence-transformers model says of itself; empty for other models."""
         modules = self._sidecar('modules.json')
@@ -148,14 +122,18 @@ class BiEncoder(Ranker):
         return saved
 
     @property
+    def readout(self) -> Readout:
+        """How a sequence becomes a vector."""
+        return READOUTS[self.pooling_]
+
+    @property
     def pooling_(self) -> str:
         """The pooling in use: as given, or as the model says."""
         mode = self.pooling if self.pooling is not None else self._saved.get('pooling')
-        if mode not in POOLINGS:
+        if mode not in READOUTS:
             raise ValueError(
-                f'pooling={mode!r} is none of {POOLINGS}; this model does not say how it was trained: give pooling='
-                if mode is None
-                else f'pooling={mode!r} is none of {POOLINGS}'
+                f'pooling must be one of {list(READOUTS)}; got {mode!r}'
+                + ('; this model does not say how it was trained: give pooling=' if mode is None else '')
             )
         return mode
 
