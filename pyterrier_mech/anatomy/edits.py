@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from pyterrier_mech.anatomy.model import Edit, ModelMap, Values
+from pyterrier_mech.anatomy.model import Edit, ModelMap
 from pyterrier_mech.units import HEADS, Site, Units
 
 Columns = dict[Site, torch.Tensor]
@@ -21,6 +21,12 @@ def columns_of(model: ModelMap, units: Units) -> Columns:
         places = [number * width + i for number in numbers for i in range(width)]
         columns[site] = torch.tensor(places, device=model.device)
     return columns
+
+
+def uniform(edit: Edit) -> Edit:
+    """Marks an edit that does the same at every position, so that it fits a layer that computes a single token."""
+    edit.uniform = True  # type: ignore[attr-defined]
+    return edit
 
 
 def put(columns: torch.Tensor, values: Callable[[], torch.Tensor]) -> Edit:
@@ -41,18 +47,18 @@ def zeros(columns: Columns) -> dict[Site, Edit]:
     """Returns the edits that set the columns of some sites to zero."""
 
     def zero(places: torch.Tensor) -> Edit:
-        return put(places, lambda: torch.zeros(1, device=places.device))
+        return uniform(put(places, lambda: torch.zeros(1, device=places.device)))
 
     return {site: zero(places) for site, places in columns.items()}
 
 
-def swapped(columns: Columns, source: Values) -> dict[Site, Edit]:
-    """Returns the edits that take the columns of some sites from another run's values [rows, tokens, width]."""
+def picking(columns: Columns) -> dict[Site, Edit]:
+    """Returns what a run has to record so that the columns of some sites, and no more, are kept."""
 
-    def taken(site: Site, places: torch.Tensor) -> Edit:
-        return put(places, lambda: source[site][..., places])
+    def of(places: torch.Tensor) -> Edit:
+        return lambda tensor: tensor[..., places]
 
-    return {site: taken(site, places) for site, places in columns.items()}
+    return {site: of(places) for site, places in columns.items()}
 
 
 def scale(gates: torch.Tensor, width: int = 1) -> Edit:
@@ -62,4 +68,4 @@ def scale(gates: torch.Tensor, width: int = 1) -> Edit:
         factors = gates.repeat_interleave(width, dim=-1) if width > 1 else gates
         return tensor * factors.unsqueeze(-2).to(tensor.dtype)
 
-    return edit
+    return uniform(edit)

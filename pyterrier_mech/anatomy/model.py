@@ -29,6 +29,9 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 """From the tensor of a site to what stands in its place."""
 
 Values = dict[Site, torch.Tensor]
+Record = Collection[Site] | Mapping[Site, Edit]
+"""Sites to record; or, for each, what to keep of its tensor, so that not all of it stays in memory."""
+
 EMBEDDINGS = Site('embeddings', 0)
 """The word embeddings, before positions and norm."""
 
@@ -57,6 +60,11 @@ class Batch:
     def picked(self, pick: Pick) -> Batch:
         """Returns the batch with `pick` applied to every tensor."""
         return Batch({name: pick(tensor) for name, tensor in self.tensors.items()}, pick(self.scored))
+
+    def joined(self, other: Batch) -> Batch:
+        """Returns the rows of both, which are equally long."""
+        tensors = {name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()}
+        return Batch(tensors, torch.cat([self.scored, other.scored]))
 
     def repeated(self, count: int) -> Batch:
         """Returns the rows `count` times."""
@@ -170,7 +178,7 @@ class ModelMap:
         batch: Batch,
         *,
         edits: Mapping[Site, Edit] | None = None,
-        record: Collection[Site] = (),
+        record: Record = (),
         contexts: bool = False,
     ) -> Run:
         """Runs the base model's own forward, edits some sites, and records some: as they are after their edit.
@@ -178,7 +186,7 @@ class ModelMap:
         Args:
             batch: Inputs.
             edits: What stands in the place of the tensors of some sites.
-            record: Sites to record.
+            record: Sites to record, or what to keep of each.
             contexts: Whether to record what each layer is given beside its input.
 
         Raises:
@@ -196,7 +204,7 @@ class ModelMap:
         readout: Readout,
         *,
         edits: Mapping[Site, Edit] | None = None,
-        record: Collection[Site] = (),
+        record: Record = (),
     ) -> tuple[torch.Tensor, Values]:
         """Returns one vector a sequence [rows, d], and the recorded sites.
 
@@ -217,12 +225,13 @@ class ModelMap:
         self._check_passed(run.values, record)
         return self.final_norm(out)[:, 0], run.values
 
-    def _may_stop(self, edits: Mapping[Site, Edit], record: Collection[Site]) -> bool:
+    def _may_stop(self, edits: Mapping[Site, Edit], record: Record) -> bool:
         """Whether the last layer may be computed by its parts."""
         last = len(self.layers) - 1
         direct = [site for site in [*edits, *record] if site.layer == last and site != EMBEDDINGS]
         direct = [site for site in direct if site.kind != 'resid_post' or site in edits]
-        return all(self.place(site).rowwise for site in direct) and not self.why_not_plain()
+        fits = all(self.place(site).rowwise and getattr(edits.get(site), 'uniform', site not in edits) for site in direct)
+        return fits and not self.why_not_plain()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         return self.base(**batch.tensors, return_dict=True).last_hidden_state
@@ -247,7 +256,7 @@ class ModelMap:
 
     @contextmanager
     def _hooked(
-        self, run: Run, edits: Mapping[Site, Edit], record: Collection[Site], contexts: bool
+        self, run: Run, edits: Mapping[Site, Edit], record: Record, contexts: bool
     ) -> Iterator[None]:
         """Adds the hooks of a run for the length of the block; they are gone after an exception too."""
         with self.lock(), ExitStack() as stack:
@@ -258,23 +267,24 @@ class ModelMap:
             for site, edit in edits.items():
                 stack.callback(_hook(self.place(site), edit).remove)
             for site in record:
-                stack.callback(_hook(self.place(site), _keep(run.values, site)).remove)
+                kept = record[site] if isinstance(record, Mapping) else None
+                stack.callback(_hook(self.place(site), _keep(run.values, site, kept)).remove)
             yield
 
-    def _check_passed(self, values: Values, record: Collection[Site]) -> None:
+    def _check_passed(self, values: Values, record: Record) -> None:
         for site in record:
             if site not in values:
                 raise _passed(site, 'not at all')
 
 
-def _keep(values: Values, site: Site) -> Edit:
+def _keep(values: Values, site: Site, kept: Edit | None) -> Edit:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if site in values:
             raise _passed(site, 'more than once')
         if torch.is_grad_enabled() and not tensor.requires_grad:
             # A layer without heads has outputs of no width, which come from nowhere.
             tensor = tensor.detach().requires_grad_()
-        values[site] = tensor
+        values[site] = tensor if kept is None else kept(tensor)
         return tensor
 
     return keep

@@ -51,6 +51,9 @@ class Tower(Protocol):
     def types(self, row: int) -> Sequence[str]:
         """Returns the type of every position of a row."""
 
+    def unchanged(self, row: int) -> bool:
+        """Whether there is only one version of a row."""
+
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns ids, attention mask and segment ids of some rows, padded to the longest, [rows, tokens] each."""
 
@@ -93,6 +96,10 @@ class PlainTower:
         ]
         return template.framed(parts, template.special_types())
 
+    def unchanged(self, row: int) -> bool:
+        """There is one version."""
+        return True
+
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns ids, attention mask and segment ids of some rows."""
         return self.maker.joined([part.take(rows) for part in self.parts])
@@ -117,6 +124,10 @@ class AlignedTower:
     def types(self, row: int) -> Sequence[str]:
         """Returns the type of every position of a row."""
         return self.alignments[row].types
+
+    def unchanged(self, row: int) -> bool:
+        """Whether both versions of a row are one."""
+        return bool(self.alignments[row].problem)
 
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns ids, attention mask and segment ids of one side of some rows."""

@@ -15,7 +15,7 @@ from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import Inputs, checked_rows, checked_texts
 from pyterrier_mech.inputs.tokens import Ragged
-from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.rankers.ranker import Edits, Ranker, as_numpy
 
 SIMILARITIES = ('cosine', 'dot')
 
@@ -57,26 +57,26 @@ class BiEncoder(Ranker):
     query_prefix: str | None = None
     text_prefix: str | None = None
 
-    def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+    def score(self, queries: Sequence[str], texts: Sequence[str], *, edits: Edits | None = None) -> np.ndarray:
         """Returns the similarity of every pair, [pairs]: float32, or float64 for a float64 model."""
         if not len(queries) and not len(texts):
             return np.zeros(0, dtype=np.float32)
         values = checked_rows(queries, texts)
         with self.computing():
-            return self.finite(as_numpy(self.read([self.vectors(field, values[field]) for field in values])))
+            return self.finite(as_numpy(self.read([self.vectors(field, values[field], edits) for field in values])))
 
     def encode(self, field: str, texts: Sequence[str]) -> np.ndarray:
         """Returns the pooled vectors [texts, d] of a field, 'query' or 'text', before any normalisation."""
         with self.computing():
             return as_numpy(self.vectors(field, checked_texts('texts', texts)))
 
-    def vectors(self, field: str, texts: Sequence[str]) -> torch.Tensor:
+    def vectors(self, field: str, texts: Sequence[str], edits: Edits | None = None) -> torch.Tensor:
         """As `encode`, on the device; equal texts are encoded once."""
         rows, distinct = pd.factorize(np.asarray(texts, dtype=object))
         inputs = Inputs.of_field(self, field, list(distinct))
 
         def step(batch: np.ndarray) -> torch.Tensor:
-            return self.represent(inputs, 0, batch)
+            return self.represent(inputs, 0, batch, edits=edits)
 
         done = list(
             in_batches(

@@ -67,8 +67,13 @@ class Ranker(Stage):
         res = pt.model.add_ranks(inp.assign(score=self.score(values['query'], values['text'])))
         return with_seen(res, self.seen) if len(inp) else res
 
-    def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+    def score(self, queries: Sequence[str], texts: Sequence[str], *, edits: Edits | None = None) -> np.ndarray:
         """Returns one raw score for every query and text, [pairs]: float32, or float64 for a float64 model.
+
+        Args:
+            queries: A list, Series or array of strings.
+            texts: The same, one a query.
+            edits: What stands in the place of some sites of the model.
 
         Raises:
             TypeError: If queries or texts are not lists of strings.
@@ -76,7 +81,7 @@ class Ranker(Stage):
         """
         if not len(queries) and not len(texts):
             return np.zeros(0, dtype=np.float32)
-        return self.score_inputs(Inputs.plain(self, queries, texts))
+        return self.score_inputs(Inputs.plain(self, queries, texts), edits)
 
     def score_inputs(self, inputs: Inputs, edits: Edits | None = None) -> np.ndarray:
         """Returns the scores [rows] of inputs, with some sites edited."""
