@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import Inputs, checked_rows, checked_texts
-from pyterrier_mech.inputs.tokens import Ragged
 from pyterrier_mech.rankers.ranker import Edits, Ranker, as_numpy
 
 SIMILARITIES = ('cosine', 'dot')
@@ -91,10 +90,9 @@ class BiEncoder(Ranker):
         order = np.concatenate([batch for batch, _ in done])
         return torch.cat([values for _, values in done])[torch.from_numpy(np.argsort(order)[rows])]
 
-    def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
-        """Returns the ids of the texts of a field, prefix included."""
-        prefix = self.prefixes_[field]
-        return super().tokenize(field, [prefix + text for text in texts] if prefix else texts)
+    def prepared(self, field: str, text: str) -> str:
+        """Returns what the tokenizer is given for a text of a field, prefix included."""
+        return self.prefixes_[field] + text
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the similarity [...] of query and text vectors [..., d]."""

@@ -161,7 +161,11 @@ class Ranker(Stage):
 
     def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
         """Returns the ids of the texts of a field ('query' or 'text') as this ranker reads them."""
-        return self.maker.tokenize(texts)
+        return self.maker.tokenize([self.prepared(field, text) for text in texts])
+
+    def prepared(self, field: str, text: str) -> str:
+        """Returns what the tokenizer is given for a text of a field."""
+        return text
 
     def unscored(self, fields: Sequence[str]) -> int:
         """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
