@@ -230,7 +230,9 @@ class ModelMap:
         last = len(self.layers) - 1
         direct = [site for site in [*edits, *record] if site.layer == last and site != EMBEDDINGS]
         direct = [site for site in direct if site.kind != 'resid_post' or site in edits]
-        fits = all(self.place(site).rowwise and getattr(edits.get(site), 'uniform', site not in edits) for site in direct)
+        fits = all(
+            self.place(site).rowwise and getattr(edits.get(site), 'uniform', site not in edits) for site in direct
+        )
         return fits and not self.why_not_plain()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
@@ -255,9 +257,7 @@ class ModelMap:
         return reached[0]
 
     @contextmanager
-    def _hooked(
-        self, run: Run, edits: Mapping[Site, Edit], record: Record, contexts: bool
-    ) -> Iterator[None]:
+    def _hooked(self, run: Run, edits: Mapping[Site, Edit], record: Record, contexts: bool) -> Iterator[None]:
         """Adds the hooks of a run for the length of the block; they are gone after an exception too."""
         with self.lock(), ExitStack() as stack:
             if contexts:

@@ -135,7 +135,9 @@ class AttributeHeads(Keeping, ModelStage):
         inputs = Inputs.pairs(self.model, *versions, self.filler)
         table = started(self.model, inputs, versions, len(heads))
         if len(inputs.good):
-            values = self._run(inputs.lengths[inputs.good], lambda rows: self._effects(inputs, inputs.good[rows], heads))
+            values = self._run(
+                inputs.lengths[inputs.good], lambda rows: self._effects(inputs, inputs.good[rows], heads)
+            )
             self._check_finite(inp, values, inputs.good)
             table[:, inputs.good] = values
         return with_columns(inp, pair_columns(table, inputs.problems, names), analysis)
@@ -161,7 +163,9 @@ class AttributeHeads(Keeping, ModelStage):
         heads = self.chosen('heads')
         strength = np.nansum(np.abs(res[[unit.name for unit in heads]].to_numpy(dtype=np.float64)), axis=0)
         chosen = sorted(heads[i] for i in np.argsort(-strength, kind='stable')[: self.verify])
-        shared = {name: getattr(self, name) for name in ('direction', 'filler', 'batch_tokens', 'text_field', 'verbose')}
+        shared = {
+            name: getattr(self, name) for name in ('direction', 'filler', 'batch_tokens', 'text_field', 'verbose')
+        }
         good = (res['patchable'] == PATCHABLE).to_numpy()
         values = np.full((len(res), len(chosen)), np.nan, dtype=self.model.float_type if len(res) else 'float32')
         if good.any():

@@ -17,7 +17,6 @@ from pyterrier_mech.anatomy.layers import Context, Layer
 from pyterrier_mech.anatomy.model import ModelMap, Run
 from pyterrier_mech.units import Site
 
-
 _WAY_OUT = "use method='attribution_patching'"
 
 
@@ -80,9 +79,7 @@ def _norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(module, nn.Identity):
         return x
     if not isinstance(module, nn.LayerNorm):
-        raise ValueError(
-            f"method='relp' knows LayerNorm; got {type(module).__name__}: {_WAY_OUT}"
-        )
+        raise ValueError(f"method='relp' knows LayerNorm; got {type(module).__name__}: {_WAY_OUT}")
     centred = x - x.mean(-1, keepdim=True)
     scale = (x.detach().var(-1, correction=0, keepdim=True) + module.eps).rsqrt()
     out = centred * scale

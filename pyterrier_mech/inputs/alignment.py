@@ -25,6 +25,7 @@ FILLER = 'edit equals the filler'
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
 """Types of positions."""
 
+_Cell = tuple[str, int | None, int | None]
 _SAME, _REPLACED, _INSERTED, _DELETED = 'same', 'replaced', 'inserted', 'deleted'
 
 
@@ -39,8 +40,8 @@ class Alignment:
         original_mask: 1 where the original input has a token that may be attended to, else 0 [tokens].
         perturbed_mask: The same for the perturbed input.
         changes: For every position 'same', 'replaced', 'inserted' (the perturbed input has more) or 'deleted'.
-        types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query),
-            'doc_other' or 'inserted'.
+        types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query) or
+            'doc_other', whether it was inserted or not.
         problem: Why the pair cannot be patched, or ''.
     """
 
@@ -57,6 +58,10 @@ class Alignment:
         """Number of positions."""
         return len(self.original)
 
+    def marked_types(self) -> list[str]:
+        """Returns the types, those of inserted positions as 'inserted'."""
+        return [_INSERTED if c == _INSERTED else kind for c, kind in zip(self.changes, self.types, strict=True)]
+
     def positions(self, change: str) -> np.ndarray:
         """Returns the positions with a given change."""
         return np.flatnonzero(np.asarray(self.changes) == change)
@@ -68,7 +73,7 @@ class Alignment:
                 'original': tokenizer.convert_ids_to_tokens(self.original.tolist()),
                 'perturbed': tokenizer.convert_ids_to_tokens(self.perturbed.tolist()),
                 'change': self.changes,
-                'type': self.types,
+                'type': self.marked_types(),
             }
         )
 
@@ -159,9 +164,11 @@ class Aligner:
         self, columns: Sequence[list[Any]], fields: Sequence[str], in_query: set[int], problem: str
     ) -> Alignment:
         template = self.maker.template(len(columns))
-        changes = template.framed([[change for change, _, _ in c] for c in columns], [[_SAME] * len(t) for t in template.specials])
+        changes = template.framed(
+            [[change for change, _, _ in c] for c in columns], [[_SAME] * len(t) for t in template.specials]
+        )
         types = template.framed(
-            [[self._type(*cell, field, in_query) for cell in c] for field, c in zip(fields, columns, strict=True)],
+            [[_type(cell, field, in_query) for cell in c] for field, c in zip(fields, columns, strict=True)],
             template.special_types(),
         )
         segments = template.framed(
@@ -178,16 +185,15 @@ class Aligner:
         arrays = [np.asarray(values, dtype=np.int64) for values in (original, perturbed, segments, mask_0, mask_1)]
         return Alignment(*arrays, tuple(changes), tuple(types), problem)
 
-    @staticmethod
-    def _type(change: str, a: int | None, b: int | None, field: str, in_query: set[int]) -> str:
-        if change == _INSERTED:
-            return 'inserted'
-        if field == 'query':
-            return 'query'
-        return 'doc_match' if (a if b is None else b) in in_query else 'doc_other'
+
+def _type(cell: _Cell, field: str, in_query: set[int]) -> str:
+    if field == 'query':
+        return 'query'
+    _, a, b = cell
+    return 'doc_match' if (a if b is None else b) in in_query else 'doc_other'
 
 
-def _columns(a: list[int], b: list[int], room: int) -> Iterator[tuple[str, int | None, int | None]]:
+def _columns(a: list[int], b: list[int], room: int) -> Iterator[_Cell]:
     """Yields one (change, original token, perturbed token) a position, those after `room` positions roughly or not."""
     # Common ends first: an appended, prepended or inserted edit is then found where it was made, and the quadratic
     # search in the middle stays small.

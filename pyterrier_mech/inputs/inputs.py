@@ -48,8 +48,8 @@ class Tower(Protocol):
     def ids(self, row: int) -> np.ndarray:
         """Returns the token ids of a row [tokens]."""
 
-    def types(self, row: int) -> Sequence[str]:
-        """Returns the type of every position of a row."""
+    def types(self, row: int, inserted: bool = True) -> Sequence[str]:
+        """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
 
     def unchanged(self, row: int) -> bool:
         """Whether there is only one version of a row."""
@@ -82,7 +82,7 @@ class PlainTower:
         """Returns the token ids of a row [tokens]."""
         return self.arrays(np.asarray([row]), ORIGINAL)[0][0]
 
-    def types(self, row: int) -> list[str]:
+    def types(self, row: int, inserted: bool = True) -> list[str]:
         """Returns the type of every position of a row."""
         if self.query is None:
             raise ValueError('these inputs were made without types')
@@ -121,9 +121,9 @@ class AlignedTower:
         """Returns the token ids of the original of a row [tokens]."""
         return self.alignments[row].original
 
-    def types(self, row: int) -> Sequence[str]:
-        """Returns the type of every position of a row."""
-        return self.alignments[row].types
+    def types(self, row: int, inserted: bool = True) -> Sequence[str]:
+        """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
+        return self.alignments[row].marked_types() if inserted else self.alignments[row].types
 
     def unchanged(self, row: int) -> bool:
         """Whether both versions of a row are one."""
@@ -229,9 +229,10 @@ class Inputs:
             scored[:, :skipped] = 0
         return Batch(inputs, scored)
 
-    def types(self, tower: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    def types(self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True) -> np.ndarray:
         """Returns the position types of one tower of some rows as places in `TYPES`, -1 for padding, [rows, tokens]."""
-        return _padded([[TYPES.index(kind) for kind in self.towers[tower].types(row)] for row in rows], -1)
+        names = [self.towers[tower].types(row, inserted) for row in rows]
+        return _padded([[TYPES.index(name) for name in row] for row in names], -1)
 
 
 def checked_rows(queries: Any, texts: Any) -> Fields:

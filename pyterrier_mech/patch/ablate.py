@@ -92,7 +92,9 @@ class AblateHeads(Keeping, Ablation):
             scores = np.zeros((1 + len(heads), 0), dtype=np.float32)
         effects = {unit.name: scores[1 + i] - scores[0] for i, unit in enumerate(heads)}
         settings = {'value': self.value, 'seed': self.seed, 'model': repr(self.model)}
-        return with_columns(inp, {'score_plain': scores[0], **effects}, Analysis('AblateHeads', settings, list(effects)))
+        return with_columns(
+            inp, {'score_plain': scores[0], **effects}, Analysis('AblateHeads', settings, list(effects))
+        )
 
     def _ablate(self, fields: Fields, heads: list[Unit]) -> np.ndarray:
         """Returns the scores [original, heads…] x rows."""
@@ -126,5 +128,3 @@ class AblateHeads(Keeping, Ablation):
                 verbose=self.shows,
                 desc='AblateHeads',
             )
-
-

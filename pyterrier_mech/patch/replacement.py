@@ -118,7 +118,8 @@ class Replacement:
         device = self.model.map.device
         if self.value == 'zero':
             return lambda site: torch.zeros(1, device=device)
-        types = inputs.types(tower, rows)
+        # What was inserted counts as what it is: a reference has no such type.
+        types = inputs.types(tower, rows, inserted=False)
         if self.value == 'mean':
             index = torch.from_numpy(types).to(device)
             return lambda site: self._means[tower][site].to(device)[index]
@@ -181,9 +182,7 @@ def _type_means(model: Any, columns: Columns, inputs: Inputs) -> list[Values]:
 
         with model.computing():
             # A batch that runs out of memory half way must not have been added yet.
-            for _, (n, batch) in in_batches(
-                sequences.lengths, model.budget, step, verbose=model.verbose, desc='means'
-            ):
+            for _, (n, batch) in in_batches(sequences.lengths, model.budget, step, verbose=model.verbose, desc='means'):
                 counts += n
                 sums = {site: sums[site] + batch[site] if site in sums else batch[site] for site in batch}
         unseen = torch.from_numpy(counts == 0)
