@@ -17,7 +17,7 @@ from pyterrier_mech.rankers.loading import load_json
 POOLINGS = ('cls', 'mean')
 SIMILARITIES = ('cosine', 'dot')
 
-_MODULES, _SETTINGS, _POOLING = 'modules.json', 'config_sentence_transformers.json', '1_Pooling'
+_MODULES, _SETTINGS = 'modules.json', 'config_sentence_transformers.json'
 # The first is the one in use today; sentence-transformers falls back on the others, each written for one family.
 _TRANSFORMER = (
     'sentence_bert_config.json',
@@ -127,33 +127,29 @@ class Stated:
             }
             for i, kind in enumerate(kinds)
         ]
-        transformer = {'max_seq_length': max_length, 'do_lower_case': self.lower_case}
+        files: dict[str, Any] = {
+            _MODULES: modules,
+            _TRANSFORMER[0]: {'max_seq_length': max_length, 'do_lower_case': self.lower_case},
+        }
         if width is None:
-            settings = {'model_type': 'CrossEncoder', 'prompts': {'query': self.query_prompt}}
-            task = {'transformer_task': 'sequence-classification'}
-            return {
-                _MODULES: modules,
-                _TRANSFORMER[0]: transformer | task,
-                _SETTINGS: settings | {'default_prompt_name': 'query'},
+            files[_TRANSFORMER[0]]['transformer_task'] = 'sequence-classification'
+            prompts = {'query': self.query_prompt}
+            return files | {
+                _SETTINGS: {'model_type': 'CrossEncoder', 'prompts': prompts, 'default_prompt_name': 'query'}
             }
-        settings = {
+        files[_SETTINGS] = {
             'prompts': {'query': self.query_prompt, 'document': self.text_prompt},
             'default_prompt_name': None,
             'similarity_fn_name': self.similarity,
             'truncate_dim': self.truncate_dim,
         }
-        pooling = {
+        files['1_Pooling/config.json'] = {
             'word_embedding_dimension': width,
             'pooling_mode_cls_token': self.pooling == 'cls',
             'pooling_mode_mean_tokens': self.pooling == 'mean',
             'include_prompt': self.include_prompt,
         }
-        return {
-            _MODULES: modules,
-            _TRANSFORMER[0]: transformer,
-            _SETTINGS: settings,
-            f'{_POOLING}/config.json': pooling,
-        }
+        return files
 
 
 def stated_bi_encoder(name: str) -> Stated:
@@ -210,7 +206,7 @@ def stated_cross_encoder(name: str) -> Stated:
 
 
 def _transformer(name: str, task: str) -> Stated:
-    config = next((config for file in _TRANSFORMER if (config := _read(name, file, dict))), {})
+    config: dict[str, Any] = next(filter(None, (_read(name, file, dict) for file in _TRANSFORMER)), {})
     expected = {'text': {'method': 'forward', 'method_output_name': _TASKS[task]}}
     if config.get('transformer_task', task) != task or config.get('modality_config', expected) != expected:
         raise ValueError(

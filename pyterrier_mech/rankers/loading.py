@@ -313,11 +313,11 @@ def uses_segments(tokenizer: Any, config: Any) -> bool:
 def in_lower_case(tokenizer: Any) -> Any:
     """Returns a copy of a tokenizer that lower-cases first, as sentence-transformers does for `do_lower_case`."""
     tokenizer = copy.deepcopy(tokenizer)
-    backend, lower = tokenizer.backend_tokenizer, normalizers.Lowercase()
-    old = backend.normalizer
-    parts = [] if old is None else list(old) if isinstance(old, normalizers.Sequence) else [old]
+    backend = tokenizer.backend_tokenizer
+    old: Any = backend.normalizer
+    parts = [] if old is None else list(old) if type(old).__name__ == 'Sequence' else [old]
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
-        backend.normalizer = normalizers.Sequence([lower, *parts])
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
     return tokenizer
 
 
