@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pyterrier_mech.anatomy.readouts import READOUTS
 from pyterrier_mech.rankers.loading import load_json
 
-POOLINGS = ('cls', 'mean')
 SIMILARITIES = ('cosine', 'dot')
 
 _MODULES, _SETTINGS = 'modules.json', 'config_sentence_transformers.json'
@@ -71,9 +71,9 @@ class Stated:
             ValueError: If a setting is not one that can be applied, or nothing says the pooling.
         """
         chosen = replace(self, **{name: value for name, value in settings.items() if value is not None})
-        if chosen.pooling not in POOLINGS:
+        if chosen.pooling not in READOUTS:
             raise ValueError(
-                f'pooling must be one of {POOLINGS}; got {chosen.pooling!r}'
+                f'pooling must be one of {list(READOUTS)}; got {chosen.pooling!r}'
                 + ('. This model does not say how it was trained: give pooling=' if chosen.pooling is None else '')
             )
         if chosen.similarity not in SIMILARITIES:

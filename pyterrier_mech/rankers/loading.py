@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,6 @@ def dtype_of(name: str | None) -> torch.dtype:
 def device_of(name: str | None) -> torch.device:
     """Returns the device of a setting; None is CUDA where there is one, else the CPU."""
     return torch.device(name if name is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
-
-
-def name_of(model: Any) -> str | None:
-    """Returns the name of a model or tokenizer that is given by its name or path, None for a loaded one."""
-    return os.fspath(model) if isinstance(model, (str, Path)) else None
 
 
 def check_module(module: Any) -> None:

@@ -134,7 +134,11 @@ class Ranker(Stage):
 
         Heads are read off the configuration while no weights are loaded.
         """
-        if kind == HEADS and isinstance(self.model, (str, Path)) and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
+        if (
+            kind == HEADS
+            and isinstance(self.model, (str, Path))
+            and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]
+        ):
             config, kept = load_config(self._name), kept_counts(self._name)
             counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
             return {Site(kind, layer): count for layer, count in enumerate(counts)}
