@@ -230,10 +230,8 @@ class ModelMap:
         last = len(self.layers) - 1
         direct = [site for site in [*edits, *record] if site.layer == last and site != EMBEDDINGS]
         direct = [site for site in direct if site.kind != 'resid_post' or site in edits]
-        fits = all(
-            self.place(site).rowwise and getattr(edits.get(site), 'uniform', site not in edits) for site in direct
-        )
-        return fits and not self.why_not_plain()
+        uniform = all(getattr(edits[site], 'uniform', False) for site in direct if site in edits)
+        return uniform and all(self.place(site).rowwise for site in direct) and not self.why_not_plain()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         return self.base(**batch.tensors, return_dict=True).last_hidden_state

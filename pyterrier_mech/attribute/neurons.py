@@ -32,9 +32,10 @@ class AttributeNeurons(Integrating):
     **Input columns**: qid, query, docno, text.
 
     **Output columns**: the same and `neurons`, an array [layers, neurons] a row (float32, or float64 for a float64
-    model, in units of the score; NaN where a layer has fewer neurons than the widest), and `completeness_error.neurons`:
-    the largest difference, over the layers, between the summed conductance of the layer's outputs and s(x) − s(baseline),
-    relative to the latter or to a tenth of the score's whole way along the line if that is more. The ranking is kept.
+    model, in units of the score; NaN where a layer has fewer neurons than the widest), and
+    `completeness_error.neurons`: the largest difference, over the layers, between the summed conductance of the layer's
+    outputs and s(x) − s(baseline), relative to the latter or to a tenth of the score's whole way along the line if that
+    is more. The ranking is kept.
     With `by='token_type'` there is an array for each type of token instead, `neurons.cls`, `neurons.query`,
     `neurons.sep`, `neurons.doc_match` (also in the query), `neurons.doc_other`; all NaN where a row has no such token.
 

@@ -31,8 +31,8 @@ class AttributeTokens(Integrating):
 
     **Output columns**: the same and `tokens`, the words as they stand in query and text, in the order of the input and
     with the special tokens; `token_effects`, an array [words] (float32, or float64 for a float64 model, in units of the
-    score); and `completeness_error.tokens`: the difference between their sum and s(x) − s(baseline), relative to the latter or
-    to a tenth of the score's whole way along the line if that is more. The ranking is kept.
+    score); and `completeness_error.tokens`: the difference between their sum and s(x) − s(baseline), relative to the
+    latter or to a tenth of the score's whole way along the line if that is more. The ranking is kept.
 
     Args:
         model: A ranker.

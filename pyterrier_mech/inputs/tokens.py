@@ -69,10 +69,17 @@ class Template:
 class InputMaker:
     """Tokenises texts and builds padded batches for a tokenizer and a maximum length."""
 
-    def __init__(self, tokenizer: Any, max_length: int):
-        """Keeps the tokenizer; nothing is read from it yet."""
+    def __init__(self, tokenizer: Any, max_length: int, uses_segments: bool = False):
+        """Keeps the tokenizer; nothing is read from it yet.
+
+        Args:
+            tokenizer: A fast tokenizer.
+            max_length: Tokens of a sequence, special tokens included.
+            uses_segments: Whether the model is given segment ids.
+        """
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.uses_segments = uses_segments
         self._templates: dict[int, Template] = {}
 
     def template(self, n_parts: int) -> Template:
@@ -101,11 +108,6 @@ class InputMaker:
     def pad_id(self) -> int:
         """Token that fills a row up."""
         return self.tokenizer.pad_token_id or 0
-
-    @property
-    def uses_segments(self) -> bool:
-        """Whether the model is given segment ids."""
-        return 'token_type_ids' in self.tokenizer.model_input_names
 
     def tokenize(self, texts: Sequence[str]) -> Ragged:
         """Returns the ids of every text without special tokens; equal texts are tokenised once."""

@@ -10,6 +10,7 @@ import torch
 
 from pyterrier_mech.anatomy.model import ModelMap
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
+from pyterrier_mech.rankers.folders import Stated, stated_cross_encoder
 from pyterrier_mech.rankers.ranker import Ranker
 
 
@@ -43,6 +44,9 @@ class CrossEncoder(Ranker):
 
     _: KW_ONLY
     label: int | None = None
+
+    def _stated(self) -> Stated:
+        return stated_cross_encoder(self._name) if self._by_name else Stated()
 
     @property
     def readout(self) -> Readout:

@@ -22,14 +22,18 @@ from pyterrier_mech.inputs.batching import Budget, collected, default_budget
 from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.provenance import with_seen
+from pyterrier_mech.rankers.folders import Stated
 from pyterrier_mech.rankers.loading import (
+    check_module,
+    check_tokenizer,
     device_of,
     dtype_of,
+    in_lower_case,
     kept_counts,
     load_config,
-    load_json,
     load_module,
     load_tokenizer,
+    uses_segments,
 )
 from pyterrier_mech.stage import Stage
 from pyterrier_mech.units import HEADS, NEURONS, Site
@@ -134,11 +138,7 @@ class Ranker(Stage):
 
         Heads are read off the configuration while no weights are loaded.
         """
-        if (
-            kind == HEADS
-            and isinstance(self.model, (str, Path))
-            and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]
-        ):
+        if kind == HEADS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
             config, kept = load_config(self._name), kept_counts(self._name)
             counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
             return {Site(kind, layer): count for layer, count in enumerate(counts)}
@@ -168,12 +168,14 @@ class Ranker(Stage):
         return self.maker.tokenize([self.prepared(field, text) for text in texts])
 
     def prepared(self, field: str, text: str) -> str:
-        """Returns what the tokenizer is given for a text of a field."""
-        return text
+        """Returns what the tokenizer is given for a text of a field: the prompt before it, where there is one."""
+        return self.stated_.prompt(field) + text
 
     def unscored(self, fields: Sequence[str]) -> int:
         """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
-        return 0
+        if len(fields) > 1:
+            return 0
+        return self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
 
     # -- runs
 
@@ -233,7 +235,7 @@ class Ranker(Stage):
     @property
     def _name(self) -> str:
         """Hub name or folder of the model; where it is a loaded module, what that remembers."""
-        if isinstance(self.model, (str, Path)):
+        if self._by_name:
             return str(self.model)
         return getattr(getattr(self.model, 'config', None), '_name_or_path', '')
 
@@ -241,12 +243,24 @@ class Ranker(Stage):
     def _weights_key(self) -> tuple[Any, ...]:
         return self.model, self.dtype, self.device
 
+    @property
+    def _by_name(self) -> bool:
+        return isinstance(self.model, (str, Path))
+
+    @property
+    def stated_(self) -> Stated:
+        """How texts are read and scored: as given, or as the files beside the weights state."""
+        return self.cached('stated', self.identity(), self._stated)
+
+    @abstractmethod
+    def _stated(self) -> Stated:
+        """Reads what the model states."""
+
     def _load(self) -> ModelMap:
-        if isinstance(self.model, (str, Path)):
+        if self._by_name:
             settings = {'dtype': dtype_of(self.dtype), 'device': device_of(self.device)}
             return ModelMap(load_module(self._name, classifier=self.classifier, **settings))
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f'model must be a hub name, a folder or a Hugging Face module; got {self.model!r}')
+        check_module(self.model)
         # TF32 is a way to compute, not a type that the module would have to be converted to.
         if self.device is not None or self.dtype not in (None, 'tf32'):
             raise ValueError(
@@ -257,27 +271,26 @@ class Ranker(Stage):
 
     def _make_inputs(self) -> InputMaker:
         tokenizer = self.tokenizer if self.tokenizer is not None else self._name
-        if not tokenizer:
+        if not tokenizer and isinstance(tokenizer, str):
             raise ValueError('this module does not know where it was loaded from: give its tokenizer=')
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(str(tokenizer))
-        return InputMaker(tokenizer, self._longest(self.map.module.config, tokenizer))
+        config = self.map.module.config
+        check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
+        if self.stated_.lower_case:
+            tokenizer = in_lower_case(tokenizer)
+        return InputMaker(tokenizer, self._longest(config, tokenizer), uses_segments(tokenizer, config))
 
     def _longest(self, config: Any, tokenizer: Any) -> int:
         positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length
         positions -= first_position(config)
         if self.max_length is None:
-            saved = (self._sidecar('sentence_bert_config.json') or {}).get('max_seq_length')
-            return int(min(positions, tokenizer.model_max_length, saved or positions))
+            return int(min(positions, tokenizer.model_max_length, self.stated_.max_length or positions))
         if not 1 <= self.max_length <= positions:
             raise ValueError(
                 f'max_length must be between 1 and the {positions} positions of the model; got {self.max_length}'
             )
         return self.max_length
-
-    def _sidecar(self, file: str) -> Any:
-        """Returns a JSON file that was saved beside the model, if there is one."""
-        return load_json(self._name, file) if isinstance(self.model, (str, Path)) else None
 
 
 def as_numpy(values: torch.Tensor) -> np.ndarray:

@@ -34,27 +34,27 @@ def save_ranker(model: Ranker, folder: str | Path) -> Path:
         ValueError: If units of the model's family cannot be removed.
     """
     if not isinstance(model, Ranker):
-        raise TypeError(f'{model!r} is no ranker that could be saved: give a CrossEncoder or BiEncoder')
+        raise TypeError(f'model must be a CrossEncoder or BiEncoder; got {model!r}')
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f'{str(folder)!r} is not empty: give a new folder, or remove it')
-    encoder = model.encoder
-    check_resizable(encoder.base.config.model_type)
-    module = encoder.module if model.classifier else encoder.base
+    layers = model.map.layers
+    check_resizable(model.map.base.config.model_type)
+    module = model.map.module if model.classifier else model.map.base
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
     config.dtype = module.dtype
     config.save_pretrained(folder)
-    model.loaded.maker.tokenizer.save_pretrained(folder)
+    model.maker.tokenizer.save_pretrained(folder)
     state = {name: part.detach().cpu().contiguous() for name, part in module.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
     width = None if model.classifier else module.config.hidden_size
     counts = {
-        'heads': [layer.n_heads for layer in encoder.layers],
-        'neurons': [layer.n_neurons for layer in encoder.layers],
+        'heads': [layer.n_heads for layer in layers],
+        'neurons': [layer.n_neurons for layer in layers],
     }
-    for name, values in {**model.stated_.files(model.loaded.maker.max_length, width), PRUNED: counts}.items():
+    for name, values in {**model.stated_.files(model.maker.max_length, width), PRUNED: counts}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
     return folder
