@@ -1,9 +1,11 @@
-"""What `stats.compare` reads: runs, judgements and measures, checked and turned into values of queries."""
+"""What `compare` reads: runs, judgements and measures, checked and turned into values of queries."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import ir_measures
@@ -12,60 +14,95 @@ import pandas as pd
 import pyterrier as pt
 from scipy import stats
 
-from pyterrier_mech.columns import FITTED_ON
+from pyterrier_mech.provenance import as_qids, seen_by
 
 _KEYS = ['qid', 'docno']
 
 
+def with_ids(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Returns a frame with its qids, and docnos where it has them, as text: 1 and 1.0 are '1', as in judgements.
+
+    Args:
+        frame: The frame, left as it is.
+        name: What errors call it.
+
+    Raises:
+        ValueError: If a row has none.
+    """
+    texts = {}
+    for key in (key for key in _KEYS if key in frame.columns):
+        if len(empty := np.flatnonzero(frame[key].isna())):
+            raise ValueError(
+                f'{name}: {len(empty)} of {len(frame)} rows have no {key}, the first is row {empty[0]}. Remove them '
+                f'with .dropna(subset=[{key!r}]).'
+            )
+        texts[key] = frame[key].map({value: next(iter(as_qids([value]))) for value in frame[key].unique().tolist()})
+    return frame.assign(**{key: values.astype(str) for key, values in texts.items()})
+
+
 def checked_run(run: Any, name: str) -> pd.DataFrame:
-    """Returns a run with its qids and docnos as strings.
+    """Returns a run with its qids and docnos as text.
 
     Raises:
         TypeError: If it is no frame.
-        ValueError: If it is empty, lacks columns, names a document of a query twice, or has a score that is not finite.
+        ValueError: If it is empty, lacks columns, names a document of a query twice, or has a score that is not a
+            finite number.
     """
     if not isinstance(run, pd.DataFrame):
         raise TypeError(f'{name} is a {type(run).__name__}, not a frame of results: run the pipeline, pipe(topics)')
-    run = _checked(run, name, [*_KEYS, 'score'], _KEYS)
-    bad = run[~np.isfinite(run['score'].to_numpy(dtype=float, na_value=np.nan))]
-    if len(bad):
-        raise ValueError(f'{name}: {len(bad)} of {len(run)} scores are not finite, first {_first(bad)}')
-    return run
-
-
-def checked_qrels(qrels: pd.DataFrame) -> pd.DataFrame:
-    """Returns judgements with their qids and docnos as strings.
-
-    Raises:
-        ValueError: If they are empty, lack columns or labels, or judge a document of a query twice.
-    """
-    # Measures of diversity judge a document once for every subtopic, under 'iteration'.
-    keys = [*_KEYS, 'iteration'] if 'iteration' in qrels.columns else _KEYS
-    qrels = _checked(qrels, 'qrels', [*_KEYS, 'label'], keys)
-    bad = qrels[qrels['label'].isna()]
-    if len(bad):
-        raise ValueError(f'qrels: {len(bad)} of {len(qrels)} rows have no label, first {_first(bad)}')
-    return qrels
-
-
-def _checked(frame: pd.DataFrame, name: str, columns: list[str], keys: list[str]) -> pd.DataFrame:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f'{name} has no {", ".join(map(repr, missing))}: it has {list(frame.columns)}')
-    if not len(frame):
+    run = _checked(run, name, [*_KEYS, 'score'])
+    if not len(run):
         raise ValueError(f'{name} has no rows')
-    frame = frame.astype(dict.fromkeys(_KEYS, str))
-    twice = frame[frame.duplicated(keys)]
+    bad = run[[not (isinstance(score, Real) and math.isfinite(score)) for score in run['score']]]
+    if len(bad):
+        raise ValueError(
+            f'{name}: {len(bad)} of {len(run)} scores are not finite, first {_first(bad, "score")}: give numbers'
+        )
+    twice = run[run.duplicated(_KEYS)]
     if len(twice):
         raise ValueError(
             f'{name}: {len(twice)} rows name a document of a query again, first {_first(twice)}. Measures would merge '
-            f'them without a word: choose one, e.g. with .drop_duplicates({keys})'
+            f'them without a word: choose one, e.g. with .drop_duplicates({_KEYS})'
         )
-    return frame
+    return run.astype({'score': float})
 
 
-def _first(rows: pd.DataFrame) -> str:
-    return f'qid={rows["qid"].iloc[0]!r} docno={rows["docno"].iloc[0]!r}'
+def judgements(qrels: pd.DataFrame) -> pd.DataFrame:
+    """Returns judgements with qids and docnos as text and labels as whole numbers, each once.
+
+    Measures of diversity judge a document once for every subtopic, under 'iteration'; these stay apart.
+
+    Raises:
+        ValueError: If columns or labels are missing, a label is not a whole number, or a document of a query has two
+            different labels.
+    """
+    qrels = _checked(qrels, 'the frame of qrels', [*_KEYS, 'label'])
+    whole = [isinstance(label, Real) and float(label).is_integer() for label in qrels['label']]
+    if not all(whole):
+        bad = qrels[np.logical_not(whole)]
+        raise ValueError(
+            f'qrels: {len(bad)} of {len(qrels)} rows have no label that is a whole number, first {_first(bad, "label")}'
+        )
+    keys = [*_KEYS, *(['iteration'] if 'iteration' in qrels.columns else [])]
+    qrels = qrels.astype({'label': int}).drop_duplicates([*keys, 'label'])
+    twice = qrels[qrels.duplicated(keys)]
+    if len(twice):
+        raise ValueError(
+            f'the qrels give {_first(twice)} two labels ({len(twice)} such rows in all): keep one of them, e.g. with '
+            f".sort_values('label').drop_duplicates({keys}, keep='last')"
+        )
+    return qrels
+
+
+def _checked(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f'{name} has no {", ".join(map(repr, missing))}: it has {list(frame.columns)}')
+    return with_ids(frame, name)
+
+
+def _first(rows: pd.DataFrame, *others: str) -> str:
+    return ' '.join(f'{column}={rows[column].iloc[0]!r}' for column in [*_KEYS, *others])
 
 
 def as_measures(measures: Any) -> dict[ir_measures.Measure, str]:
@@ -76,7 +113,7 @@ def as_measures(measures: Any) -> dict[ir_measures.Measure, str]:
             ir_measures ('nDCG@10') write them.
 
     Raises:
-        ValueError: If there are none, or one is unknown.
+        ValueError: If there are none, or one is unknown or cannot be computed.
     """
     named: dict[ir_measures.Measure, str] = {}
     for measure in [measures] if isinstance(measures, (str, ir_measures.Measure)) else list(measures):
@@ -88,6 +125,16 @@ def as_measures(measures: Any) -> dict[ir_measures.Measure, str]:
             named.setdefault(one, measure if len(parsed) == 1 else str(one))
     if not named:
         raise ValueError("there are no measures: give some, e.g. ['ndcg_cut_10', RR@10]")
+    for measure, name in named.items():
+        try:
+            computable = ir_measures.DefaultPipeline.supports(measure)
+        except AssertionError:
+            computable = False
+        if not computable:
+            raise ValueError(
+                f'{name} cannot be computed: it needs a parameter, as the 10 in P@10, or a package that is not '
+                "installed. See ir_measures' documentation."
+            )
     return named
 
 
@@ -116,6 +163,12 @@ def judged_queries(runs: Mapping[str, pd.DataFrame], qrels: pd.DataFrame) -> lis
                 f'{name} and the qrels have no query in common (qids {_some(runs[name]["qid"])} against '
                 f'{_some(in_qrels)}): give the qrels of these topics'
             )
+        if not len(runs[name][_KEYS].merge(qrels[_KEYS], on=_KEYS)):
+            warnings.warn(
+                f'none of the documents of {name} is judged (docnos {_some(runs[name]["docno"])} against '
+                f'{_some(qrels["docno"])}): measures of relevance will say 0. Give the qrels of this collection.',
+                stacklevel=3,
+            )
     judged = set().union(*answered.values())
     for name, qids in answered.items():
         if len(qids) < len(judged):
@@ -139,23 +192,19 @@ def refuse_seen(judged: Iterable[str], fitted_on: Any, runs: Mapping[str, pd.Dat
         TypeError: If a single string is given for the qids.
         ValueError: If a query would judge what it has fitted.
     """
-    sources = {'fitted_on': fitted_on}
-    sources |= {f'the fit of {name}': run.attrs[FITTED_ON] for name, run in runs.items() if FITTED_ON in run.attrs}
+    if isinstance(fitted_on, str):
+        raise TypeError(f'fitted_on={fitted_on!r} is one string: give a list of qids')
+    # Iterating a frame gives its column names: topics in place of their qids would pass unseen.
+    known = as_qids(fitted_on['qid'] if isinstance(fitted_on, pd.DataFrame) else fitted_on)
+    sources = {'fitted_on': known, **{f'the fit of {name}': seen_by(run) for name, run in runs.items()}}
     for source, qids in sources.items():
-        seen = sorted(set(judged) & _qids(qids))
+        seen = sorted(as_qids(judged) & qids)
         if seen:
             raise ValueError(
                 f'{len(seen)} of the queries that would judge stand in {source} (qids {_some(seen)}): a ranker cannot '
                 'be judged by the queries that it was fitted on. Fit on other topics, or judge on others with '
                 "qrels[~qrels['qid'].isin(fitted)]."
             )
-
-
-def _qids(given: Any) -> set[str]:
-    if isinstance(given, str):
-        raise TypeError(f'fitted_on={given!r} is one string: give a list of qids')
-    # Iterating a frame gives its column names: topics in place of their qids would pass unseen.
-    return {str(qid) for qid in (given['qid'] if isinstance(given, pd.DataFrame) else given)}
 
 
 def _some(qids: Iterable[str]) -> str:

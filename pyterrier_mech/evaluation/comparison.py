@@ -1,117 +1,26 @@
-"""Uncertainty of results over queries: bootstrap intervals, and rankers compared with a baseline."""
+"""Rankers compared with a baseline, query by query."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy import stats as tests
 
+from pyterrier_mech.evaluation.bootstrap import bootstrap_by_query, check_interval
 from pyterrier_mech.evaluation.runs import (
     as_measures,
-    checked_qrels,
     checked_run,
     judged_queries,
+    judgements,
     refuse_seen,
     score_agreement,
     values_of_queries,
 )
-
-
-class Interval(NamedTuple):
-    """A confidence interval for every entry of a result: two arrays of the same shape."""
-
-    low: np.ndarray
-    high: np.ndarray
-
-
-def bootstrap_by_query(
-    statistic: Callable[..., np.ndarray],
-    *sums: npt.ArrayLike,
-    confidence: float = 0.95,
-    n_resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap interval (Efron 1979) that resamples whole queries.
-
-    Rows of one query are not independent, so a query is drawn with all its rows or not at all. That makes sums over
-    the rows of a query all that has to be known. A mean over rows and a ratio of sums are
-
-        bootstrap_by_query(lambda d, n: d / n, effect_sums, row_counts)
-        bootstrap_by_query(lambda d, delta: d / delta, effect_sums, delta_sums)
-
-    The interval equals ``scipy.stats.bootstrap(..., paired=True, method='percentile')`` on the same seed. It depends on
-    the order of the queries: sort them.
-
-    Args:
-        statistic: Called once as ``statistic(*totals)``, with an array ``[n_resamples, ...]`` for each array in
-            ``sums``. Returns an array ``[n_resamples, *shape]``. Division by zero is silent inside.
-        *sums: Arrays ``[n_queries, ...]``: what each query contributes, i.e. sums of its rows (effects, denominators,
-            row counts). They may differ in all but the first dimension. Finite: a missing row is left out of its
-            query's sum and of its query's count.
-        confidence: Coverage of the interval, between 0 and 1.
-        n_resamples: How often the queries are drawn. The largest array in memory is ``[n_resamples, ...]``.
-        seed: Seed of the draws.
-
-    Returns:
-        Low and high ends, each of ``shape``. An entry is NaN where any resample gives a value that is not finite
-        (e.g. a denominator of 0), since its distribution then has no percentiles; everything is NaN where there is
-        only one query.
-
-    Raises:
-        ValueError: If there are no queries, if ``sums`` differ in their number of queries or are not finite, or if
-            ``confidence`` or ``n_resamples`` is out of range.
-    """
-    _check_interval(confidence, n_resamples)
-    arrays = [np.asarray(values, dtype=np.float64) for values in sums]
-    n_queries = _n_queries(arrays)
-
-    # A resample is how often each query was drawn, so the totals of all resamples are one matrix product;
-    # copying the drawn rows instead needs n_queries times the memory.
-    rng = np.random.default_rng(seed)
-    counts = np.empty((n_resamples, n_queries))
-    for row in counts:
-        row[:] = np.bincount(rng.integers(n_queries, size=n_queries), minlength=n_queries)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        values = np.asarray(statistic(*(np.tensordot(counts, array, axes=1) for array in arrays)), dtype=np.float64)
-    if values.shape[:1] != (n_resamples,):
-        raise ValueError(
-            f'The statistic returned shape {values.shape} for {n_resamples} resamples. Keep the first axis of the '
-            'totals, e.g. lambda d, n: d / n.'
-        )
-
-    if n_queries == 1:
-        values = np.full_like(values, np.nan)
-    values = np.where(np.isfinite(values), values, np.nan)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
-    return Interval(low, high)
-
-
-def _check_interval(confidence: float, n_resamples: int) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f'confidence={confidence!r} is not between 0 and 1. For a 95% interval give 0.95.')
-    if n_resamples < 1:
-        raise ValueError(f'n_resamples={n_resamples!r} leaves nothing to take percentiles of. Give 1000 or more.')
-
-
-def _n_queries(arrays: list[np.ndarray]) -> int:
-    lengths = {array.shape[:1] for array in arrays}
-    if len(lengths) != 1 or lengths & {(), (0,)}:
-        raise ValueError(
-            f'Sums of shapes {[array.shape for array in arrays]} do not belong together. Give arrays whose first '
-            'axis counts the same queries, at least one.'
-        )
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise ValueError(
-            'The sums of a query hold NaN or infinite values. Leave missing rows out of the sums, and give their '
-            'count as one more array.'
-        )
-    return arrays[0].shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +79,7 @@ def compare(
             where runs were saved or put together.
         confidence: Coverage of the intervals, between 0 and 1.
         n_resamples: How often the queries are drawn, see `bootstrap_by_query`.
-        seed: Seed of the draws.
+        seed: Random seed.
         correction: 'holm', or None to leave p-values as they are.
 
     Raises:
@@ -179,14 +88,14 @@ def compare(
             query twice or shares no query with the qrels; if a score is not finite, a measure is unknown, or an
             option is out of range.
     """
-    _check_interval(confidence, n_resamples)
+    check_interval(confidence, n_resamples)
     if correction not in ('holm', None):
         raise ValueError(f"correction={correction!r} is not known: use 'holm', or None for none")
     named = as_measures(measures)
     given = {'run': runs} if isinstance(runs, pd.DataFrame) else dict(runs)
     if not given:
         raise ValueError('there are no runs to compare with the baseline')
-    qrels = checked_qrels(qrels)
+    qrels = judgements(qrels)
     base = checked_run(baseline, 'the baseline')
     frames = {name: checked_run(run, f'run {name!r}') for name, run in given.items()}
     everything = {'the baseline': base, **{f'run {name!r}': run for name, run in frames.items()}}
