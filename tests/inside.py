@@ -1,0 +1,79 @@
+"""All that the tests take from the inside of the package: what is not public is reached here and nowhere else."""
+
+from typing import NamedTuple
+
+import torch
+
+from pyterrier_mech.inputs.alignment import Aligner
+
+# -- rankers
+
+
+def tokenizer_of(model):
+    return model.loaded.maker.tokenizer
+
+
+def max_length_of(model):
+    return model.loaded.maker.max_length
+
+
+def module_of(model):
+    return model.encoder.module
+
+
+def budget_of(model):
+    """Tokens of a batch."""
+    return model.loaded.budget.tokens
+
+
+def is_loaded(model):
+    """Whether the weights are in memory; loads nothing."""
+    return model._loaded is not None
+
+
+# -- pairs
+
+
+class Side(NamedTuple):
+    """One tower of a pair."""
+
+    original: dict
+    perturbed: dict
+    types: tuple
+    problem: str
+
+
+def sides(model, row, filler='a'):
+    """For every tower, the two aligned inputs of a row as the plain module takes them, without padding.
+
+    Args:
+        model: A ranker.
+        row: A mapping or a named tuple with query, text, and text_0, query_0 or both.
+        filler: As `PatchHeads` takes it.
+    """
+    row = row._asdict() if hasattr(row, '_asdict') else dict(row)
+    versions = [{field: row.get(f'{field}_0', row[field]) for field in ('query', 'text')}, row]
+    ids = [
+        {field: model.tokenize(field, [version[field]]).row(0) for field in ('query', 'text')} for version in versions
+    ]
+    aligner, found = Aligner(model.loaded.maker, filler), []
+    for tower in model.towers:
+        one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
+        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
+    return found
+
+
+def _inputs(model, alignment, side):
+    ids = torch.tensor(getattr(alignment, side))[None]
+    inputs = {'input_ids': ids, 'attention_mask': torch.tensor(getattr(alignment, f'{side}_mask'))[None]}
+    if 'token_type_ids' in tokenizer_of(model).model_input_names:
+        inputs['token_type_ids'] = torch.tensor(alignment.segments)[None]
+    return inputs
+
+
+def patch_rows(model, frame, filler='a', reverse=False):
+    """What `oracles.patch_effects` takes: (base, source) of every tower, row by row."""
+    step = -1 if reverse else 1
+    return [
+        [(side.original, side.perturbed)[::step] for side in sides(model, row, filler)] for row in frame.itertuples()
+    ]
