@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 import torch
 
+from pyterrier_mech import PatchHeads
 from pyterrier_mech.inputs.alignment import Aligner
+from pyterrier_mech.patch import engine
+from pyterrier_mech.patch.engine import engine_for
+from pyterrier_mech.patch.pairs import _problem
 
 # -- rankers
 
@@ -42,6 +46,10 @@ class Side(NamedTuple):
     types: tuple
     problem: str
 
+    def runs(self, reverse=False):
+        """The inputs of the run that is patched and of the one that it takes from."""
+        return (self.perturbed, self.original) if reverse else (self.original, self.perturbed)
+
 
 def sides(model, row, filler='a'):
     """For every tower, the two aligned inputs of a row as the plain module takes them, without padding.
@@ -71,9 +79,25 @@ def _inputs(model, alignment, side):
     return inputs
 
 
-def patch_rows(model, frame, filler='a', reverse=False):
-    """What `oracles.patch_effects` takes: (base, source) of every tower, row by row."""
-    step = -1 if reverse else 1
-    return [
-        [(side.original, side.perturbed)[::step] for side in sides(model, row, filler)] for row in frame.itertuples()
-    ]
+def problem_of(towers):
+    """Why a row cannot be patched, from the sides of its towers, or ''."""
+    return _problem([tower.problem for tower in towers])
+
+
+# -- patching
+
+
+def forced_effects(model, texts, heads):
+    """Changes of the pooled vectors where every pair of a text with itself is patched as if it had been edited."""
+    ids = model.tokenize('text', texts)
+    aligner = Aligner(model.loaded.maker)
+    same = [aligner.align([ids.row(0), ids.row(i)], [ids.row(0), ids.row(i)]) for i in range(len(texts))]
+    forced = [type(one)(**{**one.__dict__, 'problem': ''}) for one in same]
+    with model.computing():
+        vectors = PatchHeads(model)._vectors(engine_for(model), forced, heads, 10_000)
+    return (vectors - vectors[:1]).numpy()
+
+
+def forget_what_was_told():
+    """Has what is said once a process be said again."""
+    engine._told.clear()

@@ -128,14 +128,16 @@ def patched(model, row, places):
     return score(model, [base for base, _ in row], edits)
 
 
-def patch_effects(model, row):
-    """{head: patched score - score} of a row, one full forward a head and tower."""
+def patch_effects(model, row, heads=None):
+    """{head: patched score - score} of a row, one full forward a head and tower; of some heads, or of all."""
     bases, start = [base for base, _ in row], score(model, [base for base, _ in row])
     seen = [activations(model.module, source) for _, source in row]
     effects = {}
     for layer, head, columns in head_sites(model.module):
-        edits = [{('heads', layer): put(columns, one['heads', layer])} for one in seen]
-        effects[f'L{layer}H{head}'] = score(model, bases, edits) - start
+        name = f'L{layer}H{head}'
+        if heads is None or name in heads:
+            edits = [{('heads', layer): put(columns, one['heads', layer])} for one in seen]
+            effects[name] = score(model, bases, edits) - start
     return effects
 
 
