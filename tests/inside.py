@@ -1,10 +1,16 @@
 """All that the tests take from the inside of the package: what is not public is reached here and nowhere else."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from pyterrier_mech import PatchHeads
+from pyterrier_mech.anatomy import families
+from pyterrier_mech.anatomy.families import register_family
+from pyterrier_mech.attribute.relp import linearised
+from pyterrier_mech.attribute.tokens import merged  # noqa: F401
 from pyterrier_mech.inputs.alignment import Aligner
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for
@@ -23,6 +29,22 @@ def max_length_of(model):
 
 def module_of(model):
     return model.encoder.module
+
+
+def layers_of(model):
+    """The modules of the layers."""
+    return [layer.module for layer in model.encoder.layers]
+
+
+@contextmanager
+def described_as(model_type, **changes):
+    """Describes a family otherwise for the length of a `with` block."""
+    family = families._FAMILIES[model_type]
+    register_family(replace(family, **changes))
+    try:
+        yield
+    finally:
+        register_family(family)
 
 
 def budget_of(model):
@@ -101,3 +123,17 @@ def forced_effects(model, texts, heads):
 def forget_what_was_told():
     """Has what is said once a process be said again."""
     engine._told.clear()
+
+
+# -- attribution
+
+
+def linearised_values(model, texts):
+    """(by RelP's forward, by the model's) of the last hidden states and of every layer's heads, padding left out."""
+    batch = model.loaded.maker.batch([model.tokenize('text', texts)], torch.device('cpu'))
+    with model.computing():
+        trace = model.encoder.trace(batch)
+    with model.computing(gradients=True):
+        hidden, z = linearised(model.encoder, trace)
+    there = batch['attention_mask'].bool()
+    return [(mine[there], theirs[there]) for mine, theirs in zip([hidden, *z], [trace.hidden, *trace.z], strict=True)]

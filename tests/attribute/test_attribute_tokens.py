@@ -1,36 +1,17 @@
 """AttributeTokens against captum, a loop over the points, and the change of the score."""
 
-import os
-
+import inside
 import numpy as np
-import pandas as pd
-import pyterrier as pt
 import pytest
 import torch
-from conftest import FAMILIES, QUERIES, TEXTS, assets, toy_bi_encoder, toy_cross_encoder
+from toys import FAMILIES, QUERIES, TEXTS, frame_of, real_cross_encoder, toy_bi_encoder, toy_cross_encoder
 from transformers import PreTrainedTokenizerFast
 
-from pyterrier_mech import BiEncoder, CrossEncoder
-from pyterrier_mech.attribute import AttributeTokens
-from pyterrier_mech.attribute.tokens import merged
+from pyterrier_mech import AttributeTokens, BiEncoder, CrossEncoder
 
-os.environ.setdefault('PT_TEST_TRANSFORMER_REPORTS', '0')
+pytestmark = pytest.mark.numeric
 
 EXACT = {'tolerance': 1e-4, 'max_points': 1025}
-
-
-def frame(count=4):
-    rows = [(q, t) for q in QUERIES for t in TEXTS][:count]
-    return pd.DataFrame(
-        {
-            'qid': [str(i // 4) for i in range(count)],
-            'query': [q for q, _ in rows],
-            'docno': [str(i) for i in range(count)],
-            'score': 1.0,
-            'rank': [i % 4 for i in range(count)],
-            'text': [t for _, t in rows],
-        }
-    )
 
 
 def masked(model, texts, moves):
@@ -56,7 +37,7 @@ def by_hand(score, start, end, points):
 @pytest.mark.parametrize('baseline', ['all', 'query'])
 def test_words_are_sums_of_integrated_gradients(family, baseline):
     model = toy_cross_encoder(family)
-    row = AttributeTokens(model, baseline=baseline, points=5, tolerance=1e9)(frame(2)).iloc[1]
+    row = AttributeTokens(model, baseline=baseline, points=5, tolerance=1e9)(frame_of(2)).iloc[1]
     ids, start, given = masked(model, [row['query'], row.text], [0, 1] if baseline == 'all' else [0])
     embed = model.model.base_model.get_input_embeddings()
     effects = by_hand(
@@ -73,7 +54,7 @@ def test_words_are_sums_of_integrated_gradients(family, baseline):
 def test_the_left_rule_with_many_steps_is_captums_integrated_gradients(family):
     captum = pytest.importorskip('captum.attr')
     model = toy_cross_encoder(family)
-    row = AttributeTokens(model, **EXACT)(frame(1)).iloc[0]
+    row = AttributeTokens(model, **EXACT)(frame_of(1)).iloc[0]
     ids, start, given = masked(model, [row['query'], row.text], [0, 1])
     embed = model.model.base_model.get_input_embeddings()
 
@@ -94,7 +75,7 @@ def test_effects_sum_to_the_change_of_the_score(family):
     model = toy_cross_encoder(family)
     # The ReLU in DistilBERT's head gives gradients that jump.
     tolerance = 5e-3 if family == 'distilbert' else 1e-4
-    res = AttributeTokens(model, tolerance=tolerance, max_points=1025)(frame())
+    res = AttributeTokens(model, tolerance=tolerance, max_points=1025)(frame_of(4))
     assert (res.completeness_error <= tolerance).all()
     for row in res.itertuples():
         _, start, given = masked(model, [row.query, row.text], [0, 1])
@@ -112,7 +93,7 @@ def test_effects_sum_to_the_change_of_the_score(family):
 @pytest.mark.parametrize('pooling', ['cls', 'mean'])
 def test_bi_encoder_moves_one_tower(baseline, pooling):
     model = toy_bi_encoder('bert', pooling)
-    row = AttributeTokens(model, baseline=baseline, **EXACT)(frame(2)).iloc[1]
+    row = AttributeTokens(model, baseline=baseline, **EXACT)(frame_of(2)).iloc[1]
     moving, staying = ('query', 'text') if baseline == 'query' else ('text', 'query')
     words = [token for token in row.tokens if token not in ('[CLS]', '[SEP]')]
     assert ' '.join(words) == row[moving].replace(',', ' ,').replace('.', ' .')
@@ -125,12 +106,9 @@ def test_bi_encoder_moves_one_tower(baseline, pooling):
     assert row.token_effects.sum() == pytest.approx(change, rel=2e-3) and abs(change) > 1e-3
 
 
-# -- words
-
-
 def test_wordpieces_are_merged():
     model = toy_cross_encoder('bert')
-    rows = frame(1).assign(query='Why unbelievably?', text='Microorganisms, naïve & 東京.')
+    rows = frame_of(1).assign(query='Why unbelievably?', text='Microorganisms, naïve & 東京.')
     row = AttributeTokens(model, tolerance=1e9)(rows).iloc[0]
     assert row.tokens[:5] == ['[CLS]', 'Why', 'unbelievably', '?', '[SEP]']
     assert row.tokens[5:] == ['Microorganisms', ',', 'naïve', '&', '東', '京', '.', '[SEP]']
@@ -140,7 +118,7 @@ def test_wordpieces_are_merged():
 
 def test_byte_level_pieces_are_merged():
     model = toy_cross_encoder('roberta')
-    rows = frame(1).assign(query='naïve bread', text='Zyx keeps — fresh')
+    rows = frame_of(1).assign(query='naïve bread', text='Zyx keeps — fresh')
     row = AttributeTokens(model, tolerance=1e9)(rows).iloc[0]
     assert row.tokens == ['<s>', 'naïve', 'bread', '</s>', '</s>', 'Zyx', 'keeps', '—', 'fresh', '</s>']
 
@@ -161,7 +139,7 @@ def test_sentencepiece_pieces_are_merged():
     )  # fmt: skip
     module = toy_cross_encoder('roberta').model
     model = CrossEncoder(module, tokenizer=fast)
-    row = AttributeTokens(model, tolerance=1e9)(frame(1)).iloc[0]
+    row = AttributeTokens(model, tolerance=1e9)(frame_of(1)).iloc[0]
     words = [word for word in row.tokens if word not in ('<s>', '</s>')]
     assert words == (QUERIES[0] + ' ' + TEXTS[0]).split()
     assert len(fast(QUERIES[0], TEXTS[0])['input_ids']) > len(row.tokens)
@@ -169,48 +147,45 @@ def test_sentencepiece_pieces_are_merged():
 
 def test_truncated_texts_and_prefixes():
     model = toy_cross_encoder('bert', max_length=12)
-    row = AttributeTokens(model, tolerance=1e9)(frame(2)).iloc[1]
+    row = AttributeTokens(model, tolerance=1e9)(frame_of(2)).iloc[1]
     assert row.tokens == ['[CLS]', 'how', 'to', 'store', 'bread', '[SEP]', 'A', 'slow', 'rise', 'in', 'the', '[SEP]']
     cut = AttributeTokens(toy_cross_encoder('bert', max_length=9), tolerance=1e9)(
-        frame(1).assign(query='a', text='bread unbelievably')
+        frame_of(1).assign(query='a', text='bread unbelievably')
     ).iloc[0]
     assert cut.tokens[:4] == ['[CLS]', 'a', '[SEP]', 'bread'] and 'unbelievably'.startswith(cut.tokens[4])
     bi = toy_bi_encoder('bert')
     prefixed = BiEncoder(bi.model, tokenizer=bi.tokenizer, pooling='mean', query_prefix='query: ')
-    row = AttributeTokens(prefixed, baseline='query', tolerance=1e9)(frame(1)).iloc[0]
+    row = AttributeTokens(prefixed, baseline='query', tolerance=1e9)(frame_of(1)).iloc[0]
     assert row.tokens == ['[CLS]', 'query', ':', 'how', 'to', 'store', 'bread', '[SEP]']
 
 
 def test_special_tokens_inside_a_text_are_words_of_their_own():
     model = toy_cross_encoder('bert')
-    words, starts = merged(model, {'query': 'a [SEP] b', 'text': ''}, 6)
+    words, starts = inside.merged(model, {'query': 'a [SEP] b', 'text': ''}, 6)
     assert words == ['[CLS]', 'a', '[SEP]', 'b', '[SEP]', '[SEP]'] and starts == list(range(6))
     with pytest.raises(ValueError, match='gives 6 tokens for an input of 7'):
-        merged(model, {'query': 'a [SEP] b', 'text': ''}, 7)
-
-
-# -- grids, batches, order
+        inside.merged(model, {'query': 'a [SEP] b', 'text': ''}, 7)
 
 
 def test_no_point_is_computed_twice():
-    model = toy_cross_encoder('bert')
+    model = toy_cross_encoder('bert', fresh=True)
     passed = []
     handle = model.model.bert.encoder.layer[0].register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
-    res = AttributeTokens(model, points=3, tolerance=1e-3)(frame(1))
+    res = AttributeTokens(model, points=3, tolerance=1e-3)(frame_of(1))
     used = sum(passed)
     assert used in (5, 9, 17, 33, 65)
-    again = AttributeTokens(model, points=used, max_points=used)(frame(1))
+    again = AttributeTokens(model, points=used, max_points=used)(frame_of(1))
     assert sum(passed) == 2 * used
     handle.remove()
     np.testing.assert_allclose(again.token_effects[0], res.token_effects[0], atol=1e-12)
 
 
-@pytest.mark.parametrize('family', ['bert', 'roberta', 'modernbert'])
+@pytest.mark.parametrize('family', ['roberta', 'modernbert'])
 def test_row_order_batches_and_neighbours_do_not_matter(family):
     model = toy_cross_encoder(family)
-    res = AttributeTokens(model, tolerance=0.005)(frame())
+    res = AttributeTokens(model, tolerance=0.005)(frame_of(4))
     for tokens in (1, 500, 100_000):
-        other = AttributeTokens(model, tolerance=0.005, batch_tokens=tokens)(frame().sample(frac=1, random_state=3))
+        other = AttributeTokens(model, tolerance=0.005, batch_tokens=tokens)(frame_of(4).sample(frac=1, random_state=3))
         for mine, theirs in zip(other.sort_index().token_effects, res.token_effects):
             np.testing.assert_allclose(mine, theirs, atol=1e-6 if family == 'modernbert' else 1e-12)
         assert list(other.sort_index().tokens) == list(res.tokens)
@@ -219,41 +194,32 @@ def test_row_order_batches_and_neighbours_do_not_matter(family):
 def test_rows_above_the_tolerance_are_counted_once():
     stage = AttributeTokens(toy_cross_encoder('bert'), points=3, tolerance=1e-9, max_points=5)
     with pytest.warns(UserWarning, match='4 of 4 rows have a completeness error above') as caught:
-        stage(frame())
+        stage(frame_of(4))
     assert len(caught) == 1
 
 
-# -- the frame and bad input
-
-
-def test_one_row_in_one_row_out_and_nothing_else_changes():
-    model = toy_cross_encoder('bert', dtype=torch.float32)
-    inp = frame().sample(frac=1, random_state=5).assign(extra='kept')
-    kept = inp.copy()
-    res = AttributeTokens(model)(inp)
-    pd.testing.assert_frame_equal(inp, kept)
-    pd.testing.assert_frame_equal(res[list(inp.columns)], inp)
-    assert list(res.columns[-3:]) == ['tokens', 'token_effects', 'completeness_error']
+def test_columns():
+    inp = frame_of(2)
+    res = AttributeTokens(toy_cross_encoder('bert', dtype=torch.float32))(inp)
+    assert list(res.columns) == [*inp.columns, 'tokens', 'token_effects', 'completeness_error']
     assert res.token_effects.iloc[0].dtype == np.float32 and isinstance(res.tokens.iloc[0], list)
-    empty = AttributeTokens(model)(inp.iloc[:0])
-    assert list(empty.columns) == list(res.columns) and len(empty) == 0
 
 
 def test_empty_texts():
-    rows = frame(3).assign(query=['', 'bread', ''], text=['bread', '', ''])
+    rows = frame_of(3).assign(query=['', 'bread', ''], text=['bread', '', ''])
     res = AttributeTokens(toy_cross_encoder('bert'))(rows)
     assert list(map(len, res.tokens)) == [4, 4, 3]
-    assert res.completeness_error[2] == 0 and np.abs(res.token_effects[2]).max() < 1e-12
+    assert res.completeness_error[2] < 1e-12 and np.abs(res.token_effects[2]).max() < 1e-12
     bi = AttributeTokens(toy_bi_encoder('bert'))(rows)
     assert list(bi.tokens) == [['[CLS]', 'bread', '[SEP]'], ['[CLS]', '[SEP]'], ['[CLS]', '[SEP]']]
 
 
 def test_gradients_that_are_not_finite_name_the_row():
-    model = toy_cross_encoder('bert')
+    model = toy_cross_encoder('bert', fresh=True)
     with torch.no_grad():
         model.model.bert.embeddings.word_embeddings.weight[model.tokenizer.convert_tokens_to_ids('paint')] = torch.nan
     with pytest.raises(ValueError, match="not finite \\(qid='0' docno='2'"):
-        AttributeTokens(model)(frame())
+        AttributeTokens(model)(frame_of(4))
 
 
 @pytest.mark.parametrize(
@@ -267,44 +233,12 @@ def test_gradients_that_are_not_finite_name_the_row():
 )
 def test_unknown_settings_name_the_value(settings, message):
     with pytest.raises(ValueError, match=message):
-        AttributeTokens(toy_cross_encoder('bert'), **settings)(frame())
-
-
-def test_missing_and_null_texts():
-    model = toy_cross_encoder('bert')
-    with pytest.raises(KeyError, match='text_loader'):
-        AttributeTokens(model)(frame().drop(columns='text'))
-    rows = frame()
-    rows.loc[2, 'query'] = None
-    with pytest.raises(ValueError, match="no string in column 'query' \\(qid='0' docno='2'"):
-        AttributeTokens(model)(rows)
-
-
-def test_the_model_is_as_before():
-    model = toy_cross_encoder('bert')
-    handle = model.model.bert.encoder.layer[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError('boom')))
-    with pytest.raises(KeyError, match='boom'):
-        AttributeTokens(model)(frame(2))
-    handle.remove()
-    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.model.modules())
-
-
-def test_equality_repr_and_drawing():
-    model = CrossEncoder('some/model')
-    assert AttributeTokens(model) == AttributeTokens(model, verbose=True) != AttributeTokens(model, baseline='query')
-    stage = AttributeTokens(model, baseline='query', points=17)
-    assert eval(repr(stage)) == stage and hash(eval(repr(stage))) == hash(stage)
-    assert stage.schematic == {'label': 'AttributeTokens', 'help_url': None}
-    assert stage.fuse_rank_cutoff(3) == pt.RankCutoff(3) >> stage
-
-
-TestContract = pt.testing.transformer_test_class(lambda: AttributeTokens(toy_cross_encoder('bert')))
+        AttributeTokens(toy_cross_encoder('bert'), **settings)(frame_of(4))
 
 
 def test_real_cross_encoder():
-    folder = assets()
-    model = CrossEncoder(str(folder / 'models' / 'ce-minilm-l6'), device='cpu')
-    rows = frame(1).assign(query='what is a cat', text='The cat is a small domesticated carnivorous mammal.')
+    model = real_cross_encoder()
+    rows = frame_of(1).assign(query='what is a cat', text='The cat is a small domesticated carnivorous mammal.')
     row = AttributeTokens(model)(rows).iloc[0]
     assert row.completeness_error <= 0.05
     assert row.tokens[:6] == ['[CLS]', 'what', 'is', 'a', 'cat', '[SEP]']
