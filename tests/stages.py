@@ -19,6 +19,7 @@ from pyterrier_mech import (
     Perturb,
     PrunedReranker,
     Random,
+    perturbation,
 )
 
 UNITS = ['L0H1', 'L1H3', 'L0N5']
@@ -45,6 +46,11 @@ def attribute(method):
     return lambda model, **settings: AttributeHeads(cross(model), method, **settings)
 
 
+@perturbation
+def reverse(query, text):
+    return ' '.join(reversed(query.split()))
+
+
 def plain():
     return frame_of(6).drop(columns=['score', 'rank'])
 
@@ -58,6 +64,7 @@ STAGES = {
     'CrossEncoder': (cross, plain, False),
     'BiEncoder': (bi, plain, False),
     'Perturb': (lambda model, **settings: Perturb(TFC1(), **settings), plain, True),
+    'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
     'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
     'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
     'AblateHeads': (lambda model, **settings: AblateHeads(cross(model), **settings), plain, True),
@@ -95,7 +102,7 @@ WITH_UNITS = {
     'AttributeHeads by gradient': ('heads', False),
     'PrunedReranker': ('protect', True),
 }
-OF_MODELS = [name for name in STAGES if name != 'Perturb']
+OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 
 
 def modules_of(stage):

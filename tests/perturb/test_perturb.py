@@ -88,20 +88,6 @@ class TestTransform:
         for row in range(3):
             pd.testing.assert_frame_equal(stage(frame.iloc[[row]]), whole.iloc[[row]])
 
-    def test_the_zero_row_frame(self, frame):
-        out = Perturb(shout)(frame.iloc[:0])
-        assert list(out.columns) == [*frame.columns, 'text_0'] and len(out) == 0
-        pd.testing.assert_series_equal(out.dtypes, Perturb(shout)(frame).dtypes)
-
-    def test_missing_columns_name_the_stage_to_put_before(self, frame):
-        with pytest.raises(pt.validate.InputValidationError, match='text_loader'):
-            Perturb(shout)(frame.drop(columns='text'))
-
-    def test_a_null_text_names_the_row(self, frame):
-        frame = frame.assign(text=['x', None, 'y'])
-        with pytest.raises(ValueError, match="qid='q1' docno='d1'"):
-            Perturb(shout)(frame)
-
 
 class TestNothingToDo:
     def test_rows_stay_and_one_warning_counts_them(self, frame):
@@ -177,13 +163,6 @@ class TestValue:
         stage = pickle.loads(pickle.dumps(Perturb(shout) >> Perturb(wrapped)))
         assert stage(frame)['text'].tolist() == ['BLACK CAT!', 'RED FOX!', 'BLACK CAT!']
 
-    def test_fuse_rank_cutoff(self, frame):
-        fused = Perturb(add_query).fuse_rank_cutoff(1)
-        top = frame.iloc[[0, 2]].reset_index(drop=True)
-        pd.testing.assert_frame_equal(fused(frame).reset_index(drop=True), Perturb(add_query)(top))
-        compiled = (Perturb(add_query) % 1).compile()
-        assert 'RankCutoff' in repr(compiled[0]) and compiled[1] == Perturb(add_query)
-
     @pytest.mark.parametrize(
         'function, label',
         [
@@ -211,14 +190,6 @@ class TestDecorator:
     def test_pickle_by_name_where_the_name_leads_here_else_by_function(self):
         assert pickle.loads(pickle.dumps(shout)) is shout
         assert pickle.loads(pickle.dumps(wrapped)) == wrapped
-
-
-class TestPerturbText(pt.testing.transformer_test_class(lambda: Perturb(shout))):
-    pass
-
-
-class TestPerturbQuery(pt.testing.transformer_test_class(lambda: Perturb(add_query, field='query'))):
-    pass
 
 
 def test_inspect():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import pandas as pd
@@ -78,10 +76,10 @@ class TestDraws:
         assert forward == backward
         assert random.getstate() == state
 
-    def test_another_process_draws_the_same(self):
-        code = f'from pyterrier_mech.perturb import TFC1; print(*TFC1(k=20).terms({QUERY!r}, {TEXT!r}))'
-        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-        assert out.split() == TFC1(k=20).terms(QUERY, TEXT)
+    def test_every_process_draws_the_same(self):
+        """Strings hash differently in every process: what was drawn in another one stands here."""
+        drawn = 'black egypt egypt black cat cat black cat egypt cat black black black egypt egypt black'
+        assert TFC1(k=16).terms(QUERY, TEXT) == drawn.split()
 
     def test_odd_characters_are_no_obstacle(self):
         assert TFC1()('cat', 'half a pair \ud83d') == 'half a pair \ud83d cat'
