@@ -1,5 +1,6 @@
 """All that the tests take from the inside of the package: what is not public is reached here and nowhere else."""
 
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,10 +12,20 @@ from pyterrier_mech.anatomy import families
 from pyterrier_mech.anatomy.families import register_family
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
+from pyterrier_mech.circuits import ablation, roles
+from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
+from pyterrier_mech.columns import FITTED_ON, PATCHING, head_columns, head_name, parse_head  # noqa: F401
+from pyterrier_mech.evaluation import stats as evaluation_stats
+from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
+from pyterrier_mech.evaluation.stats import _paired_t as paired_t  # noqa: F401
 from pyterrier_mech.inputs.alignment import Aligner
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for
-from pyterrier_mech.patch.pairs import _problem
+from pyterrier_mech.patch.pairs import Pairs, _problem, two_versions
+
+# By its full name: the package may export the function under the name of the module.
+evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
+
 
 # -- rankers
 
@@ -137,3 +148,39 @@ def linearised_values(model, texts):
         hidden, z = linearised(model.encoder, trace)
     there = batch['attention_mask'].bool()
     return [(mine[there], theirs[there]) for mine, theirs in zip([hidden, *z], [trace.hidden, *trace.z], strict=True)]
+
+
+# -- circuits
+
+
+def attention_weights(model, inputs):
+    """The attention weights [rows, heads, tokens, tokens] of every layer."""
+    with model.computing():
+        trace = model.encoder.trace(inputs)
+        return [
+            roles.attention_weights(*one) for one in zip(model.encoder.layers, trace.x, trace.contexts, strict=True)
+        ]
+
+
+def ablation_sides(model, frame):
+    """(fields, row, the pair, its original and its perturbed input as `faithfulness` ablates them), row by row."""
+    pairs = Pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
+    original, perturbed = ablation.sides(pairs)
+    for tower, fields in enumerate(model.towers):
+        for row, (a, b) in enumerate(zip(original.towers[tower], perturbed.towers[tower], strict=True)):
+            yield fields, row, pairs.towers[tower][row], a, b
+
+
+# -- evaluation
+
+
+def never_evaluate(monkeypatch, refuse):
+    """Has `refuse` called where `compare` begins to work."""
+    monkeypatch.setattr(evaluation_stats, 'values_of_queries', refuse)
+
+
+def replace_clock(monkeypatch, now, score):
+    """Has `efficiency` read another clock, and call `score` with a ranker where it would score and count."""
+    monkeypatch.setattr(evaluation_efficiency, 'perf_counter', now)
+    monkeypatch.setattr(evaluation_efficiency._Pass, 'score', lambda run: score(run.ranker))
+    monkeypatch.setattr(evaluation_efficiency, 'count_flops', lambda call: call() or 1)

@@ -9,6 +9,7 @@ import functools
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -291,6 +292,24 @@ def training_frame():
     return pd.DataFrame(rows, columns=['qid', 'query', 'docno', 'text'])
 
 
+def effect_frame(rows, heads):
+    """Rows of (qid, docno, score_original, score_perturbed, one value per head)."""
+    return pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads])
+
+
+def simulated_effects(rng, n_queries):
+    """Queries of 1 to 5 rows; L0H0 carries 0.3 of the score change, L0H1 nothing, L2H0 -0.1."""
+    rows = []
+    for q in range(n_queries):
+        of_query = rng.normal(0, 0.1)
+        for d in range(rng.integers(1, 6)):
+            original, delta = rng.normal(), rng.gamma(4, 0.3)
+            noise = rng.normal(0, 0.1, size=3) + of_query
+            effects = np.array([0.3, 0, -0.1]) * delta + noise
+            rows.append((f'q{q}', f'd{d}', original, original + delta, *effects))
+    return effect_frame(rows, ['L0H0', 'L0H1', 'L2H0'])
+
+
 def heads_of(frame):
     """The columns of head effects, without verified ones."""
     return [column for column in frame.columns if column.startswith('L') and not column.endswith('.exact')]
@@ -302,8 +321,6 @@ def effects_of(frame):
 
 def stacked(frame, column):
     """A column of arrays as one array."""
-    import numpy as np
-
     return np.stack(frame[column].tolist())
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import QUERIES, TEXTS, toy_cross_encoder
+from toys import QUERIES, TEXTS, toy_cross_encoder
 
 from pyterrier_mech import PatchHeads, Perturb
 from pyterrier_mech.measures import AxiomAgreement, KendallTau, RankChange, ScoreChange

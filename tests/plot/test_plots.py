@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import builtins
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -98,23 +96,6 @@ def test_without_matplotlib(name, monkeypatch):
     monkeypatch.setattr(builtins, '__import__', missing)
     with pytest.raises(ImportError, match=r"Run `pip install 'pyterrier-mech\[plot\]'`"):
         FIGURES[name]()
-
-
-def test_no_global_state_and_a_light_import():
-    code = (
-        'import sys\n'
-        'from pyterrier_mech import Circuit, plot\n'
-        "print('matplotlib' in sys.modules)\n"
-        'import matplotlib\n'
-        'before = dict(matplotlib.rcParams)\n'
-        "plot.circuit(Circuit.from_units(['L0H1']))\n"
-        "plot.tokens({'tokens': ['a'], 'token_effects': [1.0]})\n"
-        'print(dict(matplotlib.rcParams) == before)\n'
-        'from matplotlib import pyplot\n'
-        'print(pyplot.get_fignums())\n'
-    )
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ['False', 'True', '[]']
 
 
 # -- circuit

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import QUERIES, TEXTS, toy_cross_encoder
+from toys import QUERIES, TEXTS, toy_cross_encoder
 
 from pyterrier_mech import AttributeNeurons, NeuronEffects, Units
 

@@ -1,31 +1,24 @@
 """Faithfulness against ablated re-rankers on the texts themselves, and identities that hold by construction."""
 
+import inside
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import FAMILIES, QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
+import torch
+from toys import FAMILIES, TEXTS, frame_of, toy_bi_encoder, toy_cross_encoder
 
-from pyterrier_mech import AblatedReranker, Circuit, Units, faithfulness
-from pyterrier_mech.circuits.ablation import sides
-from pyterrier_mech.patch import PatchHeads
-from pyterrier_mech.patch.pairs import Pairs, two_versions
+from pyterrier_mech import AblatedReranker, Circuit, CrossEncoder, Units, faithfulness
+
+pytestmark = pytest.mark.numeric
 
 VALUES = ['zero', 'mean', 'resample']
 
 
 def frame(added=' bread'):
     """8 pairs of 4 queries: a query word is added at the end."""
-    pairs = [(q, t) for q in QUERIES for t in TEXTS[:2]]
-    return pd.DataFrame(
-        {
-            'qid': [str(i // 2) for i in range(8)],
-            'query': [q for q, _ in pairs],
-            'docno': [str(i) for i in range(8)],
-            'text_0': [t for _, t in pairs],
-            'text': [t + added for _, t in pairs],
-        }
-    )
+    plain = frame_of(8, n_texts=2)
+    return plain.assign(text_0=plain['text'], text=plain['text'] + added)
 
 
 def reference():
@@ -60,11 +53,11 @@ def test_ratios_of_sums_equal_ablated_rerankers(family):
     for row in table.itertuples():
         part = circuit.top(row.size).units
         units = part if row.kind == 'circuit' else Units.random(part, model, 5 + row.draw)
-        inside = change(model, all_heads(model) - units, rows).sum()
+        within = change(model, all_heads(model) - units, rows).sum()
         outside = change(model, units, rows).sum()
         tolerance = 1e-4 if family == 'modernbert' else 1e-8
         np.testing.assert_allclose(
-            [row.faithfulness, row.completeness], [inside / whole, 1 - outside / whole], tolerance
+            [row.faithfulness, row.completeness], [within / whole, 1 - outside / whole], tolerance
         )
         assert (row.n_heads, row.n_neurons, row.n, row.n_queries, row.n_left_out) == (row.size, 0, 8, 4, 0)
 
@@ -107,11 +100,11 @@ def test_intervals_are_over_queries():
         n_resamples=60,
         seed=3,
     )
-    inside, whole = change(model, all_heads(model) - units, rows), change(model, [], rows)
+    within, whole = change(model, all_heads(model) - units, rows), change(model, [], rows)
     rng, draws = np.random.default_rng(3), []
     for _ in range(60):
         drawn = np.concatenate([[2 * q, 2 * q + 1] for q in rng.integers(4, size=4)])
-        draws.append(inside[drawn].sum() / whole[drawn].sum())
+        draws.append(within[drawn].sum() / whole[drawn].sum())
     expected = np.quantile(draws, [0.05, 0.95])
     np.testing.assert_allclose(table[['faithfulness_low', 'faithfulness_high']].iloc[0], expected, rtol=1e-8)
     assert (table['completeness_low'] <= table['completeness']).all()
@@ -170,25 +163,27 @@ def test_the_part_follows_the_order_of_the_circuit_and_sizes_have_a_default():
 def test_both_inputs_of_a_pair_have_the_same_position_types(make):
     model = make('bert')
     rows = frame().assign(query_0=lambda f: f['query'], query=lambda f: f['query'] + ' today')
-    pairs = Pairs(model, *two_versions(rows, PatchHeads(model), 'text'), 'a')
-    original, perturbed = sides(pairs)
-    for tower, fields in enumerate(model.towers):
-        for row, (a, b) in enumerate(zip(original.towers[tower], perturbed.towers[tower], strict=True)):
-            given = pairs.towers[tower][row]
-            assert a.types == b.types and 'inserted' not in a.types
-            assert (a.original == given.original).all() and (b.original == given.perturbed).all()
-            added = [kind for kind, before in zip(a.types, given.types, strict=True) if before == 'inserted']
-            document = 'doc_match' if 'bread' in rows['query'].iloc[row] else 'doc_other'
-            assert added == [{'query': 'query', 'text': document}[field] for field in fields]
+    for fields, row, given, a, b in inside.ablation_sides(model, rows):
+        assert a.types == b.types and 'inserted' not in a.types
+        assert (a.original == given.original).all() and (b.original == given.perturbed).all()
+        added = [kind for kind, before in zip(a.types, given.types, strict=True) if before == 'inserted']
+        document = 'doc_match' if 'bread' in rows['query'].iloc[row] else 'doc_other'
+        assert added == [{'query': 'query', 'text': document}[field] for field in fields]
 
 
-def test_float32_models_and_hooks_are_gone():
-    model = toy_cross_encoder('bert', dtype=None)
-    before = model.score(QUERIES, TEXTS)
+def test_float32_models():
+    model = toy_cross_encoder('bert', dtype=torch.float32)
     table = faithfulness(model, Circuit.from_units(['L0H1']), frame(), value='mean', reference=reference())
     assert table['faithfulness'].dtype == np.float64 and np.isfinite(table['faithfulness']).all()
-    assert (model.score(QUERIES, TEXTS) == before).all()
-    assert not any(module._forward_pre_hooks for module in model.model.modules())
+
+
+def test_nothing_is_left_after_an_exception(module):
+    model = CrossEncoder(module, tokenizer=toy_cross_encoder('bert').tokenizer)
+    handle = module.bert.encoder.layer[0].intermediate.register_forward_pre_hook(lambda *_: {}['boom'])
+    with pytest.raises(KeyError, match='boom'):
+        faithfulness(model, Circuit.from_units(['L0H1']), frame(), value='mean', reference=reference())
+    handle.remove()
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
 
 
 # -- bad input

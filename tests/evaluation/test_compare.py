@@ -1,5 +1,6 @@
 import warnings
 
+import inside
 import ir_measures
 import numpy as np
 import pandas as pd
@@ -8,8 +9,6 @@ import pytest
 import scipy.stats
 from ir_measures import AP, RR, P, nDCG
 
-from pyterrier_mech import stats
-from pyterrier_mech.columns import FITTED_ON
 from pyterrier_mech.measures import ScoreChange
 from pyterrier_mech.stats import compare, holm
 
@@ -161,9 +160,9 @@ def test_equal_differences_with_rounding():
     x = np.array([0.1, 0.2, 0.3, 0.7])
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
-        assert stats._paired_t(x, x + 0.1) == (np.inf, 0, np.inf)
-        assert np.isnan(stats._paired_t(x, x * (1 + 1e-16) + 1e-17)).all()
-        assert np.isnan(stats._paired_t(x[:1], x[1:2])).all()
+        assert inside.paired_t(x, x + 0.1) == (np.inf, 0, np.inf)
+        assert np.isnan(inside.paired_t(x, x * (1 + 1e-16) + 1e-17)).all()
+        assert np.isnan(inside.paired_t(x[:1], x[1:2])).all()
 
 
 def test_query_that_a_run_lacks_counts_zero(baseline, qrels):
@@ -247,7 +246,7 @@ def test_topics_and_numbers_as_fitted_on(baseline, qrels):
 @pytest.mark.parametrize('side', ['the baseline', "run 'pruned'"])
 def test_frame_that_says_what_it_was_fitted_on(baseline, qrels, side):
     run = run_of(1)
-    (baseline if side == 'the baseline' else run).attrs[FITTED_ON] = ['q9', 'elsewhere']
+    (baseline if side == 'the baseline' else run).attrs[inside.FITTED_ON] = ['q9', 'elsewhere']
     with pytest.raises(ValueError, match=rf"1 of the queries.*the fit of {side} \(qids 'q9'\)"):
         compare(baseline, {'plain': run_of(2), 'pruned': run}, qrels, 'map')
 
@@ -275,7 +274,7 @@ def test_errors(baseline, qrels, change, message, monkeypatch):
     def never(*_):
         raise AssertionError('worked before it checked')
 
-    monkeypatch.setattr(stats, 'values_of_queries', never)
+    inside.never_evaluate(monkeypatch, never)
     given = {'baseline': baseline, 'runs': run_of(1), 'qrels': qrels, 'measures': ['map'], **change}
     with pytest.raises(ValueError, match=message):
         compare(**given)

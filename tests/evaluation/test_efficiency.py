@@ -1,28 +1,34 @@
-import copy
-import sys
-
+import inside
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DESCRIBED, FAMILIES, QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder, toy_module
+from inside import budget_of, count_flops, encoder_parameters, module_of, parameters, tokenizer_of, weight_mb
+from toys import (
+    DESCRIBED,
+    FAMILIES,
+    QUERIES,
+    TEXTS,
+    same_weights,
+    toy_bi_encoder,
+    toy_cross_encoder,
+    toy_module,
+    training_frame,
+    weights,
+)
 
-from pyterrier_mech import CrossEncoder
-from pyterrier_mech.evaluation.efficiency import count_flops, efficiency, encoder_parameters, parameters, weight_mb
+from pyterrier_mech import CrossEncoder, efficiency
 
-# By its full name: the package may export the function under the name of the module.
-module = sys.modules['pyterrier_mech.evaluation.efficiency']
 D, HEADS, FF, LAYERS = 32, 4, 48, 2
 
 
 @pytest.fixture
 def frame():
-    rows = [(f'q{i}', query, f'd{j}', text) for i, query in enumerate(QUERIES) for j, text in enumerate(TEXTS)]
-    return pd.DataFrame(rows, columns=['qid', 'query', 'docno', 'text'])
+    return training_frame()
 
 
 def n_tokens(model, query, text):
-    return len(model.loaded.maker.tokenizer(query, text)['input_ids'])
+    return len(tokenizer_of(model)(query, text)['input_ids'])
 
 
 def cross_encoder_flops(t, ff=FF):
@@ -36,12 +42,12 @@ def cross_encoder_flops(t, ff=FF):
 def test_parameters_by_hand():
     model = toy_cross_encoder('bert')
     layer = 4 * (D * D + D) + (D * FF + FF) + (FF * D + D) + 2 * 2 * D
-    vocabulary = len(model.loaded.maker.tokenizer)
+    vocabulary = len(tokenizer_of(model))
     embeddings = (vocabulary + 80 + 2) * D + 2 * D
     total = embeddings + LAYERS * layer + (D * D + D) + (D + 1)
     assert encoder_parameters(model) == LAYERS * layer
     assert parameters(model) == total
-    buffers = sum(b.numel() * b.element_size() for b in model.encoder.module.buffers())
+    buffers = sum(b.numel() * b.element_size() for b in module_of(model).buffers())
     assert buffers
     assert weight_mb(model) == pytest.approx((total * 8 + buffers) / 2**20)
     assert weight_mb(toy_cross_encoder('bert', dtype=torch.float32)) < weight_mb(model)
@@ -86,7 +92,7 @@ def test_own_batches_use_the_rankers_budget(frame):
     one_by_one = toy_cross_encoder('bert', batch_tokens=1)
     table = efficiency(one_by_one, frame, batch_sizes=[1, None, 16], repeats=1)
     assert table.at[1, 'flops'] == table.at[0, 'flops'] < table.at[2, 'flops']
-    assert one_by_one.loaded.budget.tokens == 1
+    assert budget_of(one_by_one) == 1
 
 
 @pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
@@ -118,8 +124,7 @@ class Clock:
 
     def __init__(self, monkeypatch, costs):
         self.now = 0.0
-        monkeypatch.setattr(module, 'perf_counter', lambda: self.now)
-        monkeypatch.setattr(module._Pass, 'score', lambda run: self.spend(costs[run.ranker.label]))
+        inside.replace_clock(monkeypatch, lambda: self.now, lambda ranker: self.spend(costs[ranker.label]))
 
     def spend(self, seconds):
         self.now += seconds.pop(0)
@@ -129,7 +134,6 @@ def test_times_are_medians_of_rounds(frame, monkeypatch):
     wide, narrow = toy_cross_encoder('bert', label=0), toy_cross_encoder('bert')
     # The first two of each are the count and the warm-up.
     Clock(monkeypatch, {0: [99.0, 99.0, 4.0, 6.0, 100.0], None: [99.0, 99.0, 2.0, 1.0, 40.0]})
-    monkeypatch.setattr(module, 'count_flops', lambda call: call() or 1)
     table = efficiency(narrow, frame, baseline=wide, batch_sizes=[None], repeats=3)
     assert table['ms'].tolist() == [6.0 * 1000 / 16, 2.0 * 1000 / 16]
     assert table.loc[1, ['speedup', 'speedup_low', 'speedup_high']].tolist() == [2.5, 2.0, 6.0]
@@ -137,29 +141,28 @@ def test_times_are_medians_of_rounds(frame, monkeypatch):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_model_is_left_as_it_was(frame, family):
-    model = toy_cross_encoder(family)
-    inner, budget = model.encoder.module, model.loaded.budget
+    model = toy_cross_encoder(family, fresh=True)
+    inner, budget = module_of(model), budget_of(model)
     inner.train()
-    before, state = copy.deepcopy(inner.state_dict()), dict(model.__dict__)
+    before, state = weights(inner), dict(model.__dict__)
     expected = model.score(frame['query'].tolist(), frame['text'].tolist())
     copied = frame.copy()
     table = efficiency(model, frame.iloc[:3], batch_sizes=[2], repeats=1)
     assert (table['flops'] > 0).all()
     assert all(part.training for part in inner.modules())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in inner.modules())
-    assert dict(model.__dict__) == state and model.loaded.budget is budget
-    for name, tensor in inner.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    np.testing.assert_array_equal(model.score(frame['query'].tolist(), frame['text'].tolist()), expected)
+    assert dict(model.__dict__) == state and budget_of(model) == budget
+    assert same_weights(weights(inner), before)
+    np.testing.assert_allclose(model.score(frame['query'].tolist(), frame['text'].tolist()), expected, atol=1e-12)
     pd.testing.assert_frame_equal(frame, copied)
 
 
 @pytest.mark.parametrize('family', DESCRIBED)
 def test_encoder_parameters_are_those_of_the_layers(family):
     model = toy_cross_encoder(family)
-    names = [name for name, _ in model.encoder.module.named_parameters()]
+    names = [name for name, _ in module_of(model).named_parameters()]
     in_layers = [name for name in names if any(f'.{part}.' in name for part in ('layer', 'layers'))]
-    sizes = dict(model.encoder.module.named_parameters())
+    sizes = dict(module_of(model).named_parameters())
     assert encoder_parameters(model) == sum(sizes[name].numel() for name in in_layers) > 0
 
 
@@ -192,7 +195,7 @@ def test_batch_that_does_not_fit_has_no_time(frame):
     table = efficiency(model, frame, baseline=model, batch_sizes=[2, 8], repeats=1)
     assert table['ms'].notna().tolist() == [True, True, False, False]
     assert table['speedup'].notna().tolist() == [False, True, False, False]
-    assert model.loaded.budget.tokens == 4096
+    assert budget_of(model) == 4096
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,7 @@ def test_what_is_no_ranker(frame):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')
 def test_peak_memory_on_cuda(frame):
-    inner, tokenizer = toy_module('bert', dtype=torch.float32)
+    inner, tokenizer = toy_module('bert', dtype=torch.float32, fresh=True)
     model = CrossEncoder(inner.cuda(), tokenizer=tokenizer)
     table = efficiency(model, frame, baseline=model, batch_sizes=[1, 16], repeats=1)
     assert (table['peak_mb'] > table['weight_mb']).all()

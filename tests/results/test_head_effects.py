@@ -1,67 +1,14 @@
-from __future__ import annotations
+"""Effects of heads over the rows of a frame, by hand and by plain loops."""
 
-import json
 import math
 
+import inside
 import numpy as np
 import pandas as pd
-import pyterrier as pt
 import pytest
+from toys import effect_frame, simulated_effects
 
-from pyterrier_mech.columns import PATCHING, head_columns, head_name, parse_head
-from pyterrier_mech.results import HeadEffects
-
-
-def _frame(rows: list[tuple], heads: list[str]) -> pd.DataFrame:
-    """Rows of (qid, docno, score_original, score_perturbed, one value per head)."""
-    return pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads])
-
-
-@pytest.fixture
-def by_hand() -> pd.DataFrame:
-    # delta: 1, 3, -0.5, 2.5; sum 6, mean 1.5.
-    return _frame(
-        [
-            ('q1', 'd1', 0.0, 1.0, 0.5, -1.0),
-            ('q1', 'd2', 1.0, 4.0, 0.5, -1.0),
-            ('q2', 'd1', 2.0, 1.5, 0.5, 2.0),
-            ('q2', 'd2', 0.5, 3.0, 0.5, 2.0),
-        ],
-        ['L0H0', 'L1H2'],
-    )
-
-
-@pytest.fixture
-def simulated() -> pd.DataFrame:
-    """40 queries of 1 to 5 rows; L0H0 carries 0.3 of the score change, L0H1 nothing, L2H0 -0.1."""
-    return _simulate(np.random.default_rng(7), 40)
-
-
-def _simulate(rng: np.random.Generator, n_queries: int) -> pd.DataFrame:
-    rows = []
-    for q in range(n_queries):
-        of_query = rng.normal(0, 0.1)
-        for d in range(rng.integers(1, 6)):
-            original, delta = rng.normal(), rng.gamma(4, 0.3)
-            noise = rng.normal(0, 0.1, size=3) + of_query
-            effects = np.array([0.3, 0, -0.1]) * delta + noise
-            rows.append((f'q{q}', f'd{d}', original, original + delta, *effects))
-    return _frame(rows, ['L0H0', 'L0H1', 'L2H0'])
-
-
-class TestNames:
-    def test_columns_come_in_order_of_layer_and_head(self):
-        names = ['qid', 'L10H0', 'L2H11', 'L2H9', 'score', 'L2', 'xL0H0', 'L0H0x', 'L00H1', 'resid_pre.L0', 7]
-        assert head_columns(pd.DataFrame([range(len(names))], columns=names)) == ['L2H9', 'L2H11', 'L10H0']
-
-    def test_name_and_parse_are_inverse(self):
-        assert parse_head('L3H7') == (3, 7)
-        assert parse_head(head_name(10, 0)) == (10, 0)
-
-    @pytest.mark.parametrize('name', ['L3', 'L3H', 'l3h7', 'L3H7 ', 'L03H7', 'L-1H0', 'L3H7\n', '', None])
-    def test_anything_else_is_an_error(self, name):
-        with pytest.raises(ValueError, match=r'does not name a head.*L3H7'):
-            parse_head(name)
+from pyterrier_mech import HeadEffects
 
 
 class TestNumbers:
@@ -102,7 +49,7 @@ class TestNumbers:
         assert (effects.mean_delta, effects.low_delta_share, effects.wrong_direction_share) == (1.5, 0, 0.25)
 
     def test_low_and_wrong_direction_shares(self):
-        frame = _frame([(f'q{i}', 'd', 0.0, x, 0.0) for i, x in enumerate([-2, -3, 0.04, 0, 1])], ['L0H0'])
+        frame = effect_frame([(f'q{i}', 'd', 0.0, x, 0.0) for i, x in enumerate([-2, -3, 0.04, 0, 1])], ['L0H0'])
         with pytest.warns(UserWarning, match='without an interval'):
             effects = HeadEffects.from_frame(frame)
         assert (effects.low_delta_share, effects.wrong_direction_share) == (2 / 5, 2 / 5)
@@ -125,7 +72,9 @@ class TestNumbers:
         truth, hits = np.array([0.3, 0.0, -0.1]), np.zeros(3)
         rng = np.random.default_rng(1)
         for i in range(200):
-            table = HeadEffects.from_frame(_simulate(rng, 25), confidence=0.9, n_resamples=200, seed=i).to_frame()
+            table = HeadEffects.from_frame(
+                simulated_effects(rng, 25), confidence=0.9, n_resamples=200, seed=i
+            ).to_frame()
             hits += (table['ratio_low'] <= truth) & (truth <= table['ratio_high'])
         assert (hits >= 160).all() and (hits <= 194).all(), hits
 
@@ -155,49 +104,31 @@ class TestNumbers:
 class TestDirection:
     def test_ratios_of_the_other_direction_divide_by_the_change_in_it(self, by_hand):
         plain = HeadEffects.from_frame(by_hand)
-        by_hand.attrs[PATCHING] = {'direction': 'original_to_perturbed', 'effect': 'difference'}
+        by_hand.attrs[inside.PATCHING] = {'direction': 'original_to_perturbed', 'effect': 'difference'}
         reverse = HeadEffects.from_frame(by_hand)
         np.testing.assert_allclose(reverse.to_frame()['ratio'], -plain.to_frame()['ratio'])
         np.testing.assert_allclose(reverse.to_frame()['mean'], plain.to_frame()['mean'])
         assert reverse.mean_delta == plain.mean_delta
 
     def test_normalised_effects_are_refused(self, by_hand):
-        by_hand.attrs[PATCHING] = {'direction': 'perturbed_to_original', 'effect': 'normalized'}
+        by_hand.attrs[inside.PATCHING] = {'direction': 'perturbed_to_original', 'effect': 'normalized'}
         with pytest.raises(ValueError, match='are normalized, ratios already'):
             HeadEffects.from_frame(by_hand)
 
 
 class TestMissingData:
     def test_unpatchable_rows_are_counted_by_reason(self, by_hand):
-        nan = math.nan
         frame = pd.concat(
             [
                 by_hand.assign(patchable='yes'),
-                pd.DataFrame(
+                effect_frame(
                     [
-                        {
-                            'qid': 'q1',
-                            'docno': 'd3',
-                            'score_original': 1.0,
-                            'score_perturbed': 9.0,
-                            'patchable': 'unchanged',
-                        },
-                        {
-                            'qid': 'q3',
-                            'docno': 'd1',
-                            'score_original': 1.0,
-                            'score_perturbed': nan,
-                            'patchable': 'truncated',
-                        },
-                        {
-                            'qid': 'q3',
-                            'docno': 'd2',
-                            'score_original': 1.0,
-                            'score_perturbed': 2.0,
-                            'patchable': 'truncated',
-                        },
-                        {'qid': 'q3', 'docno': 'd3', 'score_original': 1.0, 'score_perturbed': 2.0, 'patchable': None},
-                    ]
+                        ('q1', 'd3', 1.0, 9.0, 'unchanged'),
+                        ('q3', 'd1', 1.0, math.nan, 'truncated'),
+                        ('q3', 'd2', 1.0, 2.0, 'truncated'),
+                        ('q3', 'd3', 1.0, 2.0, None),
+                    ],
+                    ['patchable'],
                 ),
             ]
         )
@@ -208,7 +139,7 @@ class TestMissingData:
         pd.testing.assert_frame_equal(effects.to_frame(), HeadEffects.from_frame(by_hand).to_frame())
 
     def test_nan_enters_neither_effects_nor_score_changes(self):
-        frame = _frame(
+        frame = effect_frame(
             [
                 ('q1', 'd1', 0.0, 1.0, 0.5, 0.1),
                 ('q1', 'd2', 0.0, 8.0, math.nan, 0.2),
@@ -245,7 +176,7 @@ class TestMissingData:
 
     def test_score_changes_that_cancel_give_no_ratio(self):
         # 0.1 + 0.2 - 0.3 is 5.6e-17 in floats.
-        frame = _frame([(f'q{i}', 'd', 0.0, x, 1.0 + i) for i, x in enumerate([0.1, 0.2, -0.3])], ['L0H0'])
+        frame = effect_frame([(f'q{i}', 'd', 0.0, x, 1.0 + i) for i, x in enumerate([0.1, 0.2, -0.3])], ['L0H0'])
         with pytest.warns(UserWarning, match="ratio of 1 heads is NaN .first: L0H0.*Use the column 'mean'"):
             effects = HeadEffects.from_frame(frame)
         row = effects.to_frame().iloc[0]
@@ -255,7 +186,7 @@ class TestMissingData:
         assert 'strongest L0H0 mean 2 [' in repr(effects)
 
     def test_score_changes_that_cancel_in_resamples_give_no_interval(self):
-        frame = _frame([(f'q{i}', 'd', 0.0, x, 1.0) for i, x in enumerate([1.0, -1.0, 1.0, 1.0])], ['L0H0'])
+        frame = effect_frame([(f'q{i}', 'd', 0.0, x, 1.0) for i, x in enumerate([1.0, -1.0, 1.0, 1.0])], ['L0H0'])
         with pytest.warns(UserWarning, match='1 heads have a ratio without an interval'):
             row = HeadEffects.from_frame(frame).to_frame().iloc[0]
         assert row['ratio'] == 2
@@ -340,7 +271,7 @@ class TestViews:
         assert len(effects.strongest()) == 3
 
     def test_strongest_by_absolute_mean_where_there_is_no_ratio(self):
-        frame = _frame([('q1', 'd', 0.0, 1.0, 1.0, -3.0), ('q2', 'd', 0.0, -1.0, 1.0, -3.0)], ['L0H0', 'L0H1'])
+        frame = effect_frame([('q1', 'd', 0.0, 1.0, 1.0, -3.0), ('q2', 'd', 0.0, -1.0, 1.0, -3.0)], ['L0H0', 'L0H1'])
         with pytest.warns(UserWarning, match='ratio of 2 heads is NaN'):
             effects = HeadEffects.from_frame(frame)
         assert effects.strongest(1)['name'].tolist() == ['L0H1']
@@ -358,106 +289,3 @@ class TestViews:
 
     def test_equality_with_other_things(self, by_hand):
         assert HeadEffects.from_frame(by_hand) != 'effects'
-
-
-class TestSaving:
-    def test_roundtrip(self, simulated, tmp_path):
-        frame = simulated.assign(patchable=['unchanged', *['yes'] * (len(simulated) - 1)])
-        frame.loc[3, 'L2H0'] = math.nan
-        with pytest.warns(UserWarning, match='1 patchable rows'):
-            effects = HeadEffects.from_frame(frame, confidence=0.9)
-        assert effects.path is pt.Artifact.NO_PATH
-        # A folder name that Arrow would take for a partition.
-        path = tmp_path / 'fold=1' / 'effects'
-        assert effects.save(path) is effects
-        assert effects.path == path
-        loaded = HeadEffects.load(str(path))
-        assert type(loaded) is HeadEffects and loaded.path == path
-        assert loaded == effects and hash(loaded) == hash(effects) and repr(loaded) == repr(effects)
-        pd.testing.assert_frame_equal(loaded.to_frame(), effects.to_frame(), check_exact=True)
-        assert (loaded.n_unpatchable, loaded.n_nan, loaded.confidence) == ({'unchanged': 1}, 1, 0.9)
-        assert loaded.mean_delta == effects.mean_delta
-        assert sorted(p.name for p in path.parent.iterdir()) == ['effects']
-
-    def test_roundtrip_of_nan(self, tmp_path):
-        frame = _frame([('q1', 'd', 0.0, 1.0, 1.0), ('q2', 'd', 0.0, -1.0, 1.0)], ['L0H0'])
-        with pytest.warns(UserWarning):
-            effects = HeadEffects.from_frame(frame).save(tmp_path / 'e')
-        loaded = HeadEffects.load(tmp_path / 'e')
-        assert loaded == effects
-        assert math.isnan(loaded.wrong_direction_share)
-        json.loads((tmp_path / 'e' / 'pt_meta.json').read_text(), parse_constant=pytest.fail)
-
-    def test_metadata(self, by_hand, tmp_path):
-        HeadEffects.from_frame(by_hand).save(tmp_path / 'e')
-        meta = json.loads((tmp_path / 'e' / 'pt_meta.json').read_text())
-        assert (meta['type'], meta['format'], meta['package_hint']) == ('head_effects', 'mech', 'pyterrier-mech')
-        assert pt.inspect.artifact_type_format(HeadEffects) == ('head_effects', 'mech')
-
-    def test_load_by_entry_point(self, by_hand, tmp_path):
-        if not any(ep.name == 'head_effects.mech' for ep in pt.utils.entry_points('pyterrier.artifact')):
-            pytest.skip('entry point head_effects.mech is not registered: the package is not installed')
-        effects = HeadEffects.from_frame(by_hand).save(tmp_path / 'e')
-        loaded = pt.Artifact.load(str(tmp_path / 'e'))
-        assert isinstance(loaded, HeadEffects) and loaded == effects
-
-    def test_existing_path(self, by_hand, simulated, tmp_path):
-        first, second = HeadEffects.from_frame(by_hand), HeadEffects.from_frame(simulated)
-        first.save(tmp_path / 'e')
-        with pytest.raises(FileExistsError, match='already exists; pass overwrite=True'):
-            second.save(tmp_path / 'e')
-        assert HeadEffects.load(tmp_path / 'e') == first
-        second.save(tmp_path / 'e', overwrite=True)
-        assert HeadEffects.load(tmp_path / 'e') == second
-        assert [p.name for p in tmp_path.iterdir()] == ['e']
-
-    def test_overwrite_spares_what_is_not_ours(self, by_hand, tmp_path):
-        (tmp_path / 'thesis').mkdir()
-        (tmp_path / 'thesis' / 'thesis.tex').write_text('three years')
-        with pytest.raises(FileExistsError, match='holds no saved HeadEffects, so it stays'):
-            HeadEffects.from_frame(by_hand).save(tmp_path / 'thesis', overwrite=True)
-        assert (tmp_path / 'thesis' / 'thesis.tex').exists()
-
-    @pytest.mark.parametrize('overwrite', [False, True])
-    def test_a_failed_save_leaves_nothing_behind(self, by_hand, simulated, tmp_path, monkeypatch, overwrite):
-        first = HeadEffects.from_frame(by_hand)
-        if overwrite:
-            first.save(tmp_path / 'e')
-
-        def full_disk(*_, **__):
-            raise OSError('no space left on device')
-
-        second = HeadEffects.from_frame(simulated)
-        with monkeypatch.context() as m, pytest.raises(OSError, match='no space'):
-            m.setattr(type(tmp_path), 'write_text', full_disk)
-            second.save(tmp_path / 'e', overwrite=True)
-        assert [p.name for p in tmp_path.iterdir()] == (['e'] if overwrite else [])
-        assert second.path is pt.Artifact.NO_PATH
-        if overwrite:
-            assert HeadEffects.load(tmp_path / 'e') == first
-
-    def test_a_failed_rename_puts_the_old_folder_back(self, by_hand, simulated, tmp_path, monkeypatch):
-        first = HeadEffects.from_frame(by_hand).save(tmp_path / 'e')
-        rename = type(tmp_path).rename
-
-        def fails_for_new(self, target):
-            if self.name.endswith('.new'):
-                raise OSError('rename failed')
-            return rename(self, target)
-
-        with monkeypatch.context() as m, pytest.raises(OSError, match='rename failed'):
-            m.setattr(type(tmp_path), 'rename', fails_for_new)
-            HeadEffects.from_frame(simulated).save(tmp_path / 'e', overwrite=True)
-        assert [p.name for p in tmp_path.iterdir()] == ['e']
-        assert HeadEffects.load(tmp_path / 'e') == first
-
-    def test_nothing_to_load(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match='HeadEffects.from_frame'):
-            HeadEffects.load(tmp_path / 'nowhere')
-        with pytest.raises(ValueError, match='Use HeadEffects.from_frame'):
-            HeadEffects(pt.Artifact.NO_PATH)
-
-    def test_something_else_to_load(self, tmp_path):
-        (tmp_path / 'pt_meta.json').write_text('{"type": "sparse_index", "format": "pisa"}')
-        with pytest.raises(ValueError, match="type='sparse_index', format='pisa'"):
-            HeadEffects.load(tmp_path)
