@@ -18,10 +18,14 @@ from pyterrier_mech.columns import FITTED_ON, PATCHING, head_columns, head_name,
 from pyterrier_mech.evaluation import stats as evaluation_stats
 from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
 from pyterrier_mech.evaluation.stats import _paired_t as paired_t  # noqa: F401
-from pyterrier_mech.inputs.alignment import Aligner
+from pyterrier_mech.frames import with_columns  # noqa: F401
+from pyterrier_mech.inputs.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner  # noqa: F401
+from pyterrier_mech.inputs.batching import Budget, in_batches  # noqa: F401
+from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for
 from pyterrier_mech.patch.pairs import Pairs, _problem, two_versions
+from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.
 evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']

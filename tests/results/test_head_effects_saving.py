@@ -25,7 +25,7 @@ class TestSaving:
         loaded = HeadEffects.load(str(path))
         assert type(loaded) is HeadEffects and loaded.path == path
         assert loaded == effects and hash(loaded) == hash(effects) and repr(loaded) == repr(effects)
-        pd.testing.assert_frame_equal(loaded.toeffect_frame(), effects.toeffect_frame(), check_exact=True)
+        pd.testing.assert_frame_equal(loaded.to_frame(), effects.to_frame(), check_exact=True)
         assert (loaded.n_unpatchable, loaded.n_nan, loaded.confidence) == ({'unchanged': 1}, 1, 0.9)
         assert loaded.mean_delta == effects.mean_delta
         assert sorted(p.name for p in path.parent.iterdir()) == ['effects']
@@ -53,7 +53,7 @@ class TestSaving:
         assert isinstance(loaded, HeadEffects) and loaded == effects
 
     def test_existing_path(self, by_hand, simulated, tmp_path):
-        first, second = HeadEffects.from_frame(by_hand), HeadEffects.fromeffect_frame(simulated)
+        first, second = HeadEffects.from_frame(by_hand), HeadEffects.from_frame(simulated)
         first.save(tmp_path / 'e')
         with pytest.raises(FileExistsError, match='already exists; pass overwrite=True'):
             second.save(tmp_path / 'e')

@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, wordpiece_tokenizer
-
-from pyterrier_mech.inputs.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner
-from pyterrier_mech.inputs.tokens import InputMaker
+from inside import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner, InputMaker
+from toys import byte_level_tokenizer, wordpiece_tokenizer
 
 MAKER = InputMaker(wordpiece_tokenizer(), 32)
 

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level_tokenizer, wordpiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import InputMaker, Ragged
+from toys import byte_level_tokenizer, wordpiece_tokenizer
 
-from pyterrier_mech.inputs.tokens import InputMaker, Ragged
-
-TOKENIZERS = {'wordpiece': wordpiece_tokenizer(), 'byte level': byte_level_tokenizer()}
+TOKENIZERS = {'wordpiece': wordpiece_tokenizer, 'byte level': byte_level_tokenizer}
 WORDS = st.lists(st.sampled_from(['bread', 'rust', 'a', 'dough-rise', 'unbelievable', '', '北京', "baker's", '3.5']))
 
 
@@ -34,18 +33,18 @@ def assert_same(ours, theirs, mask):
 
 @pytest.mark.parametrize('name', TOKENIZERS)
 @given(pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), max_length=st.integers(8, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_pairs_equal_the_tokenizers_own_encoding(name, pairs, max_length):
     queries, texts = [' '.join(q) for q, _ in pairs], [' '.join(t) for _, t in pairs]
-    ours = joined(TOKENIZERS[name], [queries, texts], max_length)
-    theirs = own_encoding(TOKENIZERS[name], [queries, texts], max_length)
+    ours = joined(TOKENIZERS[name](), [queries, texts], max_length)
+    theirs = own_encoding(TOKENIZERS[name](), [queries, texts], max_length)
     assert_same(ours, theirs, theirs['attention_mask'])
 
 
 @pytest.mark.parametrize('name', TOKENIZERS)
 def test_single_texts_equal_the_tokenizers_own_encoding(name):
     texts = ['bread', 'a slow rise in the fridge gives bread flavour ' * 3, '']
-    ours, theirs = joined(TOKENIZERS[name], [texts], 12), own_encoding(TOKENIZERS[name], [texts], 12)
+    ours, theirs = joined(TOKENIZERS[name](), [texts], 12), own_encoding(TOKENIZERS[name](), [texts], 12)
     assert_same(ours, theirs, theirs['attention_mask'])
 
 
