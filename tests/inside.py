@@ -5,27 +5,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pyterrier_mech import PatchHeads
 from pyterrier_mech.anatomy import families
-from pyterrier_mech.anatomy.families import register_family
+from pyterrier_mech.anatomy.families import Family, register_family  # noqa: F401
+from pyterrier_mech.anatomy.families import _classify_bert as classify_bert  # noqa: F401
+from pyterrier_mech.anatomy.readouts import READOUTS  # noqa: F401
+from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
-from pyterrier_mech.circuits import ablation, roles
 from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
-from pyterrier_mech.columns import FITTED_ON, PATCHING, head_columns, head_name, parse_head  # noqa: F401
-from pyterrier_mech.evaluation import stats as evaluation_stats
+from pyterrier_mech.evaluation import comparison
+from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
 from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
-from pyterrier_mech.evaluation.stats import _paired_t as paired_t  # noqa: F401
-from pyterrier_mech.frames import with_columns  # noqa: F401
-from pyterrier_mech.inputs.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner  # noqa: F401
-from pyterrier_mech.inputs.batching import Budget, in_batches  # noqa: F401
-from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
+from pyterrier_mech.frames import two_versions
+from pyterrier_mech.inputs.alignment import Aligner
+from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
 from pyterrier_mech.patch import engine
-from pyterrier_mech.patch.engine import engine_for
-from pyterrier_mech.patch.pairs import Pairs, _problem, two_versions
-from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
+from pyterrier_mech.patch.engine import engine_for, traced
+from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
+from pyterrier_mech.units import Site, Units  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.
 evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
@@ -35,20 +36,20 @@ evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
 
 
 def tokenizer_of(model):
-    return model.loaded.maker.tokenizer
+    return model.maker.tokenizer
 
 
 def max_length_of(model):
-    return model.loaded.maker.max_length
+    return model.maker.max_length
 
 
 def module_of(model):
-    return model.encoder.module
+    return model.map.module
 
 
 def layers_of(model):
     """The modules of the layers."""
-    return [layer.module for layer in model.encoder.layers]
+    return [layer.module for layer in model.map.layers]
 
 
 @contextmanager
@@ -64,12 +65,12 @@ def described_as(model_type, **changes):
 
 def budget_of(model):
     """Tokens of a batch."""
-    return model.loaded.budget.tokens
+    return model.budget.tokens
 
 
 def is_loaded(model):
     """Whether the weights are in memory; loads nothing."""
-    return model._loaded is not None
+    return model.kept('map', model._weights_key)
 
 
 # -- pairs
@@ -101,17 +102,17 @@ def sides(model, row, filler='a'):
     ids = [
         {field: model.tokenize(field, [version[field]]).row(0) for field in ('query', 'text')} for version in versions
     ]
-    aligner, found = Aligner(model.loaded.maker, filler), []
+    aligner, found = Aligner(model.maker, filler), []
     for tower in model.towers:
         one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
-        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
+        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), tuple(one.marked_types()), one.problem))
     return found
 
 
 def _inputs(model, alignment, side):
     ids = torch.tensor(getattr(alignment, side))[None]
     inputs = {'input_ids': ids, 'attention_mask': torch.tensor(getattr(alignment, f'{side}_mask'))[None]}
-    if 'token_type_ids' in tokenizer_of(model).model_input_names:
+    if model.maker.uses_segments:
         inputs['token_type_ids'] = torch.tensor(alignment.segments)[None]
     return inputs
 
@@ -127,12 +128,22 @@ def problem_of(towers):
 def forced_effects(model, texts, heads):
     """Changes of the pooled vectors where every pair of a text with itself is patched as if it had been edited."""
     ids = model.tokenize('text', texts)
-    aligner = Aligner(model.loaded.maker)
+    aligner = Aligner(model.maker)
     same = [aligner.align([ids.row(0), ids.row(i)], [ids.row(0), ids.row(i)]) for i in range(len(texts))]
-    forced = [type(one)(**{**one.__dict__, 'problem': ''}) for one in same]
+    forced = [replace(one, problem='') for one in same]
+    inputs = Inputs(model, [AlignedTower(forced, model.towers[0], model.maker.pad_id)], [''] * len(texts))
+    units = sorted(Units.of(heads))
     with model.computing():
-        vectors = PatchHeads(model)._vectors(engine_for(model), forced, heads, 10_000)
+        vectors = PatchHeads(model)._vectors(engine_for(model), inputs, 0, np.arange(len(texts)), units, 10_000)
     return (vectors - vectors[:1]).numpy()
+
+
+def why_not_plain(model):
+    return model.map.why_not_plain()
+
+
+def inputs_of(model, queries, texts):
+    return Inputs.plain(model, queries, texts, types=True)
 
 
 def forget_what_was_told():
@@ -145,13 +156,14 @@ def forget_what_was_told():
 
 def linearised_values(model, texts):
     """(by RelP's forward, by the model's) of the last hidden states and of every layer's heads, padding left out."""
-    batch = model.loaded.maker.batch([model.tokenize('text', texts)], torch.device('cpu'))
+    inputs = Inputs.of_field(model, 'text', texts)
     with model.computing():
-        trace = model.encoder.trace(batch)
+        run = traced(model.map, inputs, 0, np.arange(len(texts)))
     with model.computing(gradients=True):
-        hidden, z = linearised(model.encoder, trace)
-    there = batch['attention_mask'].bool()
-    return [(mine[there], theirs[there]) for mine, theirs in zip([hidden, *z], [trace.hidden, *trace.z], strict=True)]
+        hidden, z = linearised(model.map, run)
+    there = run.batch.tensors['attention_mask'].bool()
+    heads = [run.values[site] for site in model.map.sites('heads')]
+    return [(mine[there], theirs[there]) for mine, theirs in zip([hidden, *z], [run.hidden, *heads], strict=True)]
 
 
 # -- circuits
@@ -159,20 +171,21 @@ def linearised_values(model, texts):
 
 def attention_weights(model, inputs):
     """The attention weights [rows, heads, tokens, tokens] of every layer."""
+    from pyterrier_mech.anatomy.model import Batch
+
+    batch = Batch(dict(inputs), inputs['attention_mask'])
     with model.computing():
-        trace = model.encoder.trace(inputs)
-        return [
-            roles.attention_weights(*one) for one in zip(model.encoder.layers, trace.x, trace.contexts, strict=True)
-        ]
+        run = model.map.run(batch, record=model.map.sites('resid_pre'), contexts=True)
+        layers = zip(model.map.layers, run.values.values(), run.contexts, strict=True)
+        return [layer.pattern(x, context) for layer, x, context in layers]
 
 
-def ablation_sides(model, frame):
-    """(fields, row, the pair, its original and its perturbed input as `faithfulness` ablates them), row by row."""
-    pairs = Pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
-    original, perturbed = ablation.sides(pairs)
-    for tower, fields in enumerate(model.towers):
-        for row, (a, b) in enumerate(zip(original.towers[tower], perturbed.towers[tower], strict=True)):
-            yield fields, row, pairs.towers[tower][row], a, b
+def ablation_types(model, frame):
+    """(fields, row, the types of its positions as `faithfulness` counts them, what was inserted marked), row by row."""
+    inputs = Inputs.pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
+    for tower, fields in zip(inputs.towers, model.towers, strict=True):
+        for row in range(len(frame)):
+            yield fields, row, tower.types(row, inserted=False), tower.types(row), tower.alignments[row]
 
 
 # -- evaluation
@@ -180,7 +193,7 @@ def ablation_sides(model, frame):
 
 def never_evaluate(monkeypatch, refuse):
     """Has `refuse` called where `compare` begins to work."""
-    monkeypatch.setattr(evaluation_stats, 'values_of_queries', refuse)
+    monkeypatch.setattr(comparison, 'values_of_queries', refuse)
 
 
 def replace_clock(monkeypatch, now, score):
