@@ -298,7 +298,7 @@ def test_what_is_no_step_or_ranker():
     for options in ({'criterion': Fisher}, {'criterion': 0.5}, {'recovery': [Magnitude()]}):
         with pytest.raises(TypeError, match='give an object'):
             PrunedReranker(cross('bert'), **options).fit(TRAIN)
-    with pytest.raises(TypeError, match='is no ranker'):
+    with pytest.raises(TypeError, match='must be a CrossEncoder'):
         PrunedReranker(cross('bert').model)
 
 

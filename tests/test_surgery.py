@@ -339,7 +339,7 @@ def test_other_families_are_refused(family):
 def test_what_is_no_unit_or_ranker():
     with pytest.raises(ValueError, match='no head 4 in layer 0'):
         remove_units(cross('bert'), ['L0H4'])
-    with pytest.raises(TypeError, match='is no ranker'):
+    with pytest.raises(TypeError, match='must be a CrossEncoder'):
         remove_units(pd.DataFrame(), ['L0H4'])
     module = toy_cross_encoder('bert').model
     module.bert.encoder.layer[1].output.dense = torch.nn.Sequential(module.bert.encoder.layer[1].output.dense)
