@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pyterrier_mech import PatchHeads
@@ -24,7 +25,20 @@ from pyterrier_mech.inputs.batching import Budget, in_batches  # noqa: F401
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for
+from pyterrier_mech.patch.interventions import PlainInputs
 from pyterrier_mech.patch.pairs import Pairs, _problem, two_versions
+from pyterrier_mech.prune.criteria import check_needs, sample  # noqa: F401
+from pyterrier_mech.prune.criteria.gates import gated, score_rows, unit_gradients
+from pyterrier_mech.prune.criteria.trained import _expected as expected_cost  # noqa: F401
+from pyterrier_mech.prune.criteria.trained import _gate as gate  # noqa: F401
+from pyterrier_mech.prune.criteria.trained import _turn as turn  # noqa: F401
+from pyterrier_mech.prune.data import FitData, fit_data  # noqa: F401
+from pyterrier_mech.prune.plans import latency
+from pyterrier_mech.prune.plans.costs import Costs, flop_costs, parameter_costs  # noqa: F401
+from pyterrier_mech.prune.plans.latency import corrected  # noqa: F401
+from pyterrier_mech.prune.plans.planning import check_budget  # noqa: F401
+from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives  # noqa: F401
+from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.
@@ -188,3 +202,34 @@ def replace_clock(monkeypatch, now, score):
     monkeypatch.setattr(evaluation_efficiency, 'perf_counter', now)
     monkeypatch.setattr(evaluation_efficiency._Pass, 'score', lambda run: score(run.ranker))
     monkeypatch.setattr(evaluation_efficiency, 'count_flops', lambda call: call() or 1)
+
+
+# -- pruning
+
+
+def neuron_gradients(model, data):
+    """Derivatives of every row's score by a factor on every neuron, layer by layer [rows, neurons]."""
+    found = [np.empty((len(data.frame), model.n_neurons(layer))) for layer in range(model.n_layers)]
+    for batch in unit_gradients(model, data):
+        for layer, values in zip(found, batch.neurons, strict=True):
+            layer[batch.rows] = values
+    return found
+
+
+def gated_scores(model, data, heads, neurons):
+    """Scores with a factor on every head and neuron."""
+    inputs = PlainInputs.of(model, data.queries, data.texts)
+    with model.computing(), gated(model.encoder, heads, neurons):
+        return score_rows(model, inputs, np.arange(len(data.frame))).numpy()
+
+
+def scores_with_gradients(model, data):
+    """Scores of all rows, with a graph."""
+    inputs = PlainInputs.of(model, data.queries, data.texts)
+    with model.computing(gradients=True):
+        return score_rows(model, inputs, np.arange(len(data.frame)))
+
+
+def replace_latency_clock(monkeypatch, now):
+    """Has tables of times read another clock."""
+    monkeypatch.setattr(latency.time, 'perf_counter', now)
