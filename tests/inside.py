@@ -11,6 +11,7 @@ import torch
 from pyterrier_mech import PatchHeads
 from pyterrier_mech.anatomy import families
 from pyterrier_mech.anatomy.families import register_family
+from pyterrier_mech.anatomy.resizing import keep_units  # noqa: F401
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
 from pyterrier_mech.circuits import ablation, roles
@@ -25,7 +26,7 @@ from pyterrier_mech.inputs.batching import Budget, in_batches  # noqa: F401
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for
-from pyterrier_mech.patch.interventions import PlainInputs
+from pyterrier_mech.patch.interventions import PlainInputs, columns_of, replaced, zeros
 from pyterrier_mech.patch.pairs import Pairs, _problem, two_versions
 from pyterrier_mech.prune.criteria import check_needs, sample  # noqa: F401
 from pyterrier_mech.prune.criteria.gates import gated, score_rows, unit_gradients
@@ -233,3 +234,20 @@ def scores_with_gradients(model, data):
 def replace_latency_clock(monkeypatch, now):
     """Has tables of times read another clock."""
     monkeypatch.setattr(latency.time, 'perf_counter', now)
+
+
+def paths_of_pruned(model, pruned, units, texts):
+    """(found, expected) of every way through the encoder of a pruned ranker; expected is the silenced model's."""
+    encoder = pruned.encoder
+    ids = [model.tokenize(field, part) for field, part in zip(('query', 'text'), texts, strict=True)]
+    inputs = model.loaded.maker.batch(ids, model.encoder.device)
+    real = inputs['attention_mask'].bool()
+    with pruned.computing(), replaced(model.encoder, columns_of(model.encoder, units), zeros(model.encoder)):
+        expected, trace = model.encoder.run(inputs), encoder.trace(inputs)
+        yield trace.hidden[real], expected[real]
+        yield encoder.run(inputs)[real], expected[real]
+        yield encoder.pooled(inputs, 'cls'), expected[:, 0]
+        yield encoder.until_last_layer(inputs)[0][real], trace.x[-1][real]
+        for layer, x, z, context in zip(encoder.layers, trace.x, trace.z, trace.contexts, strict=True):
+            yield layer.z(x, context)[real], z[real]
+            yield layer.z_first(x, context), z[:, :1]
