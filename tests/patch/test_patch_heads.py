@@ -157,7 +157,8 @@ def test_columns():
     frame = pairs(4)
     res = PatchHeads(toy_cross_encoder('bert'))(frame)
     new = [column for column in res.columns if column not in frame.columns]
-    assert new == ['score_original', 'score_perturbed', 'patchable'] + [f'L{i}H{h}' for i in (0, 1) for h in range(4)]
+    heads = [f'L{i}H{h}' for i in (0, 1) for h in range(4)]
+    assert new == ['score_original', 'score_perturbed', 'patchable', *heads, 'analysis']
 
 
 def test_unpatchable_rows_stay_marked_and_counted():
@@ -195,7 +196,7 @@ def test_families_without_a_fast_engine_say_so_once(caplog):
     with caplog.at_level(logging.INFO, logger='pyterrier_mech'):
         for _ in range(2):
             PatchHeads(model)(pairs(2))
-    assert caplog.text.count('mpnet: no fast engine') == 1
+    assert caplog.text.count("no fast engine (the attention of 'mpnet'") == 1
 
 
 def test_effects_say_how_they_were_made():
