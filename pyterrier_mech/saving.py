@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
+
+from pyterrier_mech.draws import digest
 
 META = 'pt_meta.json'
 
@@ -23,15 +28,17 @@ _Self = TypeVar('_Self', bound='SavedResult')
 class SavedResult(pt.Artifact):
     """Base of the results. Subclasses name their tables and say how they are made.
 
+    What a subclass annotates stands in its summary, and becomes an attribute of the object.
+
     Attributes:
-        TABLES: Names of the tables, which are those of the Parquet files.
+        TABLES: The tables, which are Parquet files of these names, and the columns that each has at least.
         MADE_BY: The call that makes one, as errors show it.
     """
 
     ARTIFACT_FORMAT = 'mech'
     ARTIFACT_PACKAGE_HINT = 'pyterrier-mech'
 
-    TABLES: ClassVar[tuple[str, ...]]
+    TABLES: ClassVar[Mapping[str, tuple[str, ...]]]
     MADE_BY: ClassVar[str]
 
     def __init__(self, path: Any, tables: Tables | None, summary: dict[str, Any] | None) -> None:
@@ -45,9 +52,13 @@ class SavedResult(pt.Artifact):
         if tables is None or summary is None:
             if path is pt.Artifact.NO_PATH:
                 raise ValueError(f'Without a path there is nothing to read. Use {self.MADE_BY}.')
-            tables, summary = self._read(Path(path))
+            # A folder that is replaced meanwhile would give the summary of one result and the tables of another.
+            with _held(Path(path).parent):
+                tables, summary = self._read(Path(path))
         self._tables = tables
         self._summary = summary
+        for key in self._names():
+            setattr(self, key, summary[key])
 
     def save(self: _Self, path: str | Path, *, overwrite: bool = False) -> _Self:
         """Saves to a folder, from which `load(path)` of the class or `pt.Artifact.load(path)` reads it back.
@@ -57,7 +68,7 @@ class SavedResult(pt.Artifact):
         Args:
             path: The folder to make.
             overwrite: Whether to replace a result of the same kind that was saved there before. Nothing else is ever
-                replaced.
+                replaced: where the folder holds other files too, it stays.
 
         Returns:
             This object, whose `path` is now the folder.
@@ -69,7 +80,7 @@ class SavedResult(pt.Artifact):
         with appearing(path, overwrite=overwrite, ours=self._is_ours, what=type(self).__name__) as new:
             for name in self.TABLES:
                 self._tables[name].to_parquet(new / f'{name}.parquet', index=False)
-            (new / META).write_text(json.dumps(self._meta(), indent=2) + '\n', encoding='utf-8')
+            write_meta(new, self._meta())
         self.path = path
         return self
 
@@ -84,14 +95,17 @@ class SavedResult(pt.Artifact):
         """Hashes part of the content."""
         return hash((type(self), *(tuple(self._tables[name].iloc[:, 0]) for name in self.TABLES)))
 
+    @classmethod
+    def _names(cls) -> list[str]:
+        above = SavedResult.__mro__
+        return [name for one in cls.__mro__ if one not in above for name in inspect.get_annotations(one)]
+
     def _meta(self) -> dict[str, Any]:
-        # JSON has no NaN.
-        summary = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in self._summary.items()}
         return {
             'type': self.ARTIFACT_TYPE,  # type: ignore[attr-defined]
             'format': self.ARTIFACT_FORMAT,
             'package_hint': self.ARTIFACT_PACKAGE_HINT,
-            'summary': summary,
+            'summary': plain(self._summary),
         }
 
     def _is_ours(self, meta: dict[str, Any]) -> bool:
@@ -100,6 +114,8 @@ class SavedResult(pt.Artifact):
     def _read(self, path: Path) -> tuple[Tables, dict[str, Any]]:
         name = type(self).__name__
         if not path.exists():
+            _tidy(path)
+        if not path.exists():
             raise FileNotFoundError(f'There is no {str(path)!r}. Make it with {self.MADE_BY}.save(path).')
         meta = read_meta(path)
         if not self._is_ours(meta):
@@ -107,15 +123,35 @@ class SavedResult(pt.Artifact):
                 f'{str(path)!r} holds no saved {name} (type={meta.get("type")!r}, format={meta.get("format")!r}). '
                 f'Give the folder that {name}.save(path) made.'
             )
-        summary = {key: math.nan if value is None else value for key, value in meta['summary'].items()}
-        # A folder named like 'fold=1' is no partition: without this, Arrow adds a column 'fold'.
-        tables = {table: pd.read_parquet(path / f'{table}.parquet', partitioning=None) for table in self.TABLES}
-        return tables, summary
+        summary = self._summary_of(path, meta)
+        return {name: self._table_of(path, name) for name in self.TABLES}, summary
+
+    def _summary_of(self, path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+        summary = meta.get('summary')
+        missing = [key for key in self._names() if not isinstance(summary, dict) or key not in summary]
+        if missing:
+            raise damaged(path / META, f'its summary has no {", ".join(map(repr, missing))}')
+        return {key: math.nan if value is None else value for key, value in meta['summary'].items()}
+
+    def _table_of(self, path: Path, name: str) -> pd.DataFrame:
+        file = path / f'{name}.parquet'
+        try:
+            # A folder named like 'fold=1' is no partition: without this, Arrow adds a column 'fold'.
+            table = pd.read_parquet(file, partitioning=None)
+        except (OSError, ValueError) as error:
+            raise damaged(file, error) from error
+        missing = [column for column in self.TABLES[name] if column not in table.columns]
+        if missing:
+            raise damaged(file, f'it has no {", ".join(map(repr, missing))}, only {list(table.columns)}')
+        return table
 
 
 @contextmanager
 def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], bool], what: str) -> Iterator[Path]:
     """Gives a new folder to fill in the block, which appears at `path` when the block ends, or not at all.
+
+    The block writes the metadata too; the names of all files are added to it, so that files of the user, which stand
+    in the folder beside ours, are seen when it shall be replaced.
 
     Args:
         path: Where it shall be.
@@ -126,28 +162,149 @@ def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], b
     Raises:
         FileExistsError: If `path` exists and may not be replaced.
     """
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(f'{str(path)!r} already exists; pass overwrite=True to replace it.')
-        if not ours(read_meta(path)):
-            raise FileExistsError(f'{str(path)!r} holds no saved {what}, so it stays. Choose another path.')
-    new, old = (path.with_name(f'.{path.name}.{uuid.uuid4().hex}.{end}') for end in ('new', 'old'))
-    new.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path.parent):
+        _tidy(path)
+        _check_free(path, overwrite, ours, what)
+        # The name is short, whatever that of path, and tells writers of the same path from others.
+        (room := path.with_name(f'.{uuid.uuid4().hex[:8]}{_suffix(path)}')).mkdir()
+        lock = _hold(room)
+    new, old = room / 'folder.new', room / 'folder.old'
     try:
+        new.mkdir()
         yield new
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        raise
+        names = sorted(file.relative_to(new).as_posix() for file in new.rglob('*') if not file.is_dir())
+        write_meta(new, {**read_meta(new), 'files': names})
+        with _held(path.parent):
+            # Again: the work may have taken long.
+            _check_free(path, overwrite, ours, what)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        with _held(path.parent):
+            _clear(room, path)
+        _release(lock)
+
+
+def _check_free(path: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool], what: str) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f'{str(path)!r} already exists; pass overwrite=True to replace it.')
+    meta = read_meta(path)
+    if not ours(meta):
+        raise FileExistsError(f'{str(path)!r} holds no saved {what}, so it stays. Choose another path.')
+    known = {META, *meta.get('files', ())}
+    there = (file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
+    others = sorted(set(there) - known)
+    if others:
+        raise FileExistsError(
+            f'{str(path)!r} holds files that {what} did not save, and replacing it would delete them: '
+            f'{", ".join(others[:5])}{" …" if len(others) > 5 else ""}. Move them, or choose another path.'
+        )
+
+
+def _suffix(path: Path) -> str:
+    return f'.{digest(path.name).hex()[:8]}.mech'
+
+
+def _tidy(path: Path) -> None:
+    """Clears away what writers of `path` have left who were killed."""
+    for room in path.parent.glob(f'.*{_suffix(path)}'):
+        if (lock := _hold(room)) is not None:
+            _clear(room, path)
+            _release(lock)
+
+
+def _clear(room: Path, path: Path) -> None:
+    """Removes a room to work in; a folder that was taken away from `path`, and not replaced, goes back."""
+    with suppress(OSError):
+        (room / 'folder.old').rename(path)
+    shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    lock = _hold(folder, wait=True)
+    try:
+        yield
+    finally:
+        _release(lock)
+
+
+def _hold(folder: Path, wait: bool = False) -> int | None:
+    """Returns a descriptor by which a folder is held until it is closed, or the process ends.
+
+    None if another one holds it, or the system cannot hold folders: there, what killed writers leave stays, and of two
+    writers at the same moment one may end with an error of the system.
+    """
+    try:
+        import fcntl
+
+        lock = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        _release(lock)
+        return None
+    return lock
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file that appears when it is complete, or replaces another one then. Text is written as UTF-8."""
+    new = path.with_name(f'.{uuid.uuid4().hex[:8]}.new')
+    try:
+        with new.open('xb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a saved folder; empty where there is none."""
-    meta = path / META
-    return json.loads(meta.read_text(encoding='utf-8')) if meta.is_file() else {}
+    """Returns the metadata of a saved folder; empty where there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    file = path / META
+    if not file.is_file():
+        return {}
+    try:
+        meta = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise damaged(file, error) from error
+    if not isinstance(meta, dict):
+        raise damaged(file, 'it must hold a JSON object')
+    return meta
+
+
+def damaged(file: Path, why: object) -> ValueError:
+    """Returns the error of a file that cannot be what was saved."""
+    return ValueError(f'{str(file)!r} is damaged: {why}. Save the folder again, or copy it again.')
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON has it: NumPy's numbers as plain ones, NaN, which JSON lacks, as None."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Writes the metadata of a folder, as plain values."""
+    (folder / META).write_text(json.dumps(plain(meta), indent=2) + '\n', encoding='utf-8')

@@ -57,12 +57,12 @@ def absorbed(
     return torch.einsum('rhd,hed->rhe', torch.softmax(_masked(scores, mask), dim=-1) @ x, value)
 
 
-def rotate(x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
-    """Applies rotary positions, where there are some, in float32 as Hugging Face does."""
+def rotate(x: torch.Tensor, rotary: Rotary | None, float32: bool) -> torch.Tensor:
+    """Applies rotary positions, where there are some, in the type of `x` or in float32."""
     if rotary is None:
         return x
     cos, sin = rotary
-    wide = x.float()
+    wide = x.float() if float32 else x
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (wide * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype)

@@ -81,7 +81,8 @@ class Layer:
     @property
     def linear_parts(self) -> list[Any]:
         """All linear maps of a described layer."""
-        return [*self.qkv_parts, self.attention_out, self.mlp_in, self.mlp_out]
+        gates = [self.part('mlp_gate')] if self.family.mlp_gate else []
+        return [*self.qkv_parts, self.attention_out, self.mlp_in, *gates, self.mlp_out]
 
     @property
     def head_dim(self) -> int:
@@ -115,7 +116,8 @@ class Layer:
         """Queries and keys, positions applied, and values, each [rows, heads, tokens, d_h]."""
         parts = self.qkv_parts
         q, k, v = parts[0](h).chunk(3, dim=-1) if len(parts) == 1 else (part(h) for part in parts)
-        return rotate(self.split(q), rotary), rotate(self.split(k), rotary), self.split(v)
+        float32 = self.family.rotary_float32
+        return rotate(self.split(q), rotary, float32), rotate(self.split(k), rotary, float32), self.split(v)
 
     def z(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """Head outputs, joined."""
@@ -156,11 +158,18 @@ class Layer:
 
     def mlp(self, a: torch.Tensor) -> torch.Tensor:
         """The feed-forward block without its norm and residual sum."""
+        hidden, gate = self.mlp_inputs(a)
+        return self.mlp_out(self.activate(hidden) if gate is None else self.part('activation')(hidden) * gate)
+
+    def mlp_inputs(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the activation function reads, and the gates, where there are some."""
         hidden = self.mlp_in(a)
-        if self.family.gated:
-            hidden, gate = hidden.chunk(2, dim=-1)
-            return self.mlp_out(self.part('activation')(hidden) * gate)
-        return self.mlp_out(self.activate(hidden))
+        if not self.family.gated:
+            return hidden, None
+        if self.family.mlp_gate:
+            return hidden, self.part('mlp_gate')(a)
+        hidden, gate = hidden.chunk(2, dim=-1)
+        return hidden, gate
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """Applies the activation function; GELU overwrites its input where no gradients are kept."""

@@ -61,10 +61,9 @@ def _after_attention(layer: Layer, x: torch.Tensor, attention: torch.Tensor) -> 
 
 
 def _mlp(layer: Layer, a: torch.Tensor) -> torch.Tensor:
-    hidden = layer.mlp_in(a)
-    if not layer.family.gated:
+    hidden, gate = layer.mlp_inputs(a)
+    if gate is None:
         return layer.mlp_out(_activation(layer, hidden))
-    hidden, gate = hidden.chunk(2, dim=-1)
     active = _activation(layer, hidden)
     return layer.mlp_out((active * gate.detach() + active.detach() * gate) / 2)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
+from pyterrier_mech.results._aggregate import KEYS
 
 
 def discover_circuit(
@@ -19,7 +19,7 @@ def discover_circuit(
     roles: pd.DataFrame | None = None,
     neurons: NeuronEffects | None = None,
     p: float = 1.0,
-    label: str = 'relevance',
+    scheme: str = 'relevance',
     fuse: str = 'average',
 ) -> Circuit:
     """Puts the heads with the strongest effects, and neurons if there are effects of such, into a circuit.
@@ -35,7 +35,7 @@ def discover_circuit(
         roles: What `head_roles` returned.
         neurons: Effects of neurons.
         p: How many of the neurons, in percent: those with the largest mean attribution. See `NeuronEffects.top`.
-        label: By which scheme: 'relevance', 'relevant' or 'non_relevant'; it becomes the neurons' role.
+        scheme: 'relevance', 'relevant' or 'non_relevant'; it becomes the neurons' role. See `NeuronEffects.top`.
         fuse: How datasets are put together: 'average' or 'intersection'.
 
     Raises:
@@ -59,19 +59,21 @@ def discover_circuit(
     heads = certain.assign(size=certain['ratio'].abs()).sort_values('size', ascending=False, kind='stable').iloc[:k]
     heads = heads.rename(columns={'ratio': 'effect', 'ratio_low': 'effect_low', 'ratio_high': 'effect_high'})
     if roles is not None:
-        heads = heads.merge(roles[['layer', 'head', 'role']], on=['layer', 'head'], how='left')
+        keys = [name for name in KEYS if name in roles.columns]
+        heads = heads.merge(roles[[*keys, 'role']], on=keys, how='left')
     settings: dict[str, Any] = {
         'k': k,
         'share': share,
         'confidence': effects.confidence,
+        'analysis': effects.analysis,
         'n_heads': len(table),
         'n_certain': len(certain),
         'head_counts': _head_counts(table),
     }
     if neurons is None:
         return Circuit.of_tables(heads, settings=settings, qids=effects.qids)
-    settings |= {'p': float(p), 'label': label, 'fuse': fuse}
-    chosen = _neurons(neurons, p, label, fuse)
+    settings |= {'p': float(p), 'scheme': scheme, 'fuse': fuse}
+    chosen = _neurons(neurons, p, scheme, fuse)
     return Circuit.of_tables(heads, chosen, settings=settings, qids=[*effects.qids, *neurons.qids])
 
 
@@ -97,8 +99,13 @@ def _check(effects: Any, k: Any, share: Any, roles: Any, neurons: Any) -> None:
         raise ValueError(f'roles= has no {", ".join(map(repr, missing))}: give what head_roles(frame) returned')
 
 
-def _neurons(effects: NeuronEffects, p: float, label: str, fuse: str) -> pd.DataFrame:
-    means = effects.mean(label)
-    units = np.asarray(sorted(effects.top(p, label, fuse=fuse).neurons), dtype=np.int64).reshape(-1, 2)
-    table = pd.DataFrame(units, columns=['layer', 'neuron']).assign(effect=means[tuple(units.T)], role=label)
+def _neurons(effects: NeuronEffects, p: float, scheme: str, fuse: str) -> pd.DataFrame:
+    means, units = effects.mean(scheme), sorted(effects.top(p, scheme, fuse=fuse))
+    table = pd.DataFrame(
+        {
+            'name': [unit.name for unit in units],
+            'effect': [means[unit.site.layer, unit.index] for unit in units],
+            'role': scheme,
+        }
+    )
     return table.sort_values('effect', ascending=False, kind='stable')

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_mech.circuits.ablation import ablated_scores
-from pyterrier_mech.evaluation.stats import bootstrap_by_query
+from pyterrier_mech.evaluation.bootstrap import ratio_of_sums
 from pyterrier_mech.frames import Fields, two_versions
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.heads import PatchHeads
@@ -93,7 +93,8 @@ def faithfulness(
     changes = dict(zip(sets, np.asarray(scores[:, 1] - scores[:, 0], dtype=np.float64), strict=True))
     remaining = np.stack([changes[every - units] for units in inside] + [changes[units] for units in inside])
     qids = frame['qid'].astype(str).to_numpy()[pairs.good]
-    shares, low, high = _shares(remaining, changes[Units()], qids, confidence, n_resamples, seed)
+    options = {'confidence': confidence, 'n_resamples': n_resamples, 'seed': seed}
+    shares, low, high, *_ = ratio_of_sums(remaining.T, changes[Units()], qids, **options)
     n = len(inside)
     return pd.DataFrame(rows).assign(
         faithfulness=shares[:n],
@@ -161,21 +162,3 @@ def _sets(
             rows.append({'size': size, 'kind': RANDOM, 'draw': draw})
             sets.append(Units.random(part, model, seed + draw))
     return rows, sets
-
-
-def _shares(
-    remaining: np.ndarray, whole: np.ndarray, qids: np.ndarray, confidence: float, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns Σ remaining / Σ whole of every set and its interval, from [sets, rows] and [rows]."""
-    order = np.argsort(qids, kind='stable')
-    starts = np.flatnonzero(np.r_[True, qids[order][1:] != qids[order][:-1]])
-    per_row = (remaining.T[order], whole[order, None], np.abs(whole)[order, None])
-    sums = [np.add.reduceat(values, starts, axis=0) for values in per_row]
-
-    def ratio(part: np.ndarray, total: np.ndarray, size: np.ndarray) -> np.ndarray:
-        with np.errstate(divide='ignore', invalid='ignore'):
-            # Changes that cancel: in floats, 0.1 + 0.2 - 0.3 is not 0.
-            return np.where(np.abs(total) <= 1e-12 * size, np.nan, part / total)
-
-    interval = bootstrap_by_query(ratio, *sums, confidence=confidence, n_resamples=n_resamples, seed=seed)
-    return ratio(*(values.sum(axis=0) for values in sums)), interval.low, interval.high

@@ -95,7 +95,7 @@ def compare(
     given = {'run': runs} if isinstance(runs, pd.DataFrame) else dict(runs)
     if not given:
         raise ValueError('there are no runs to compare with the baseline')
-    qrels = judgements(qrels)
+    qrels = judgements(qrels, subtopics=True)
     base = checked_run(baseline, 'the baseline')
     frames = {name: checked_run(run, f'run {name!r}') for name, run in given.items()}
     everything = {'the baseline': base, **{f'run {name!r}': run for name, run in frames.items()}}

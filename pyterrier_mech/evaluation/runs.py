@@ -67,10 +67,13 @@ def checked_run(run: Any, name: str) -> pd.DataFrame:
     return run.astype({'score': float})
 
 
-def judgements(qrels: pd.DataFrame) -> pd.DataFrame:
+def judgements(qrels: pd.DataFrame, *, subtopics: bool = False) -> pd.DataFrame:
     """Returns judgements with qids and docnos as text and labels as whole numbers, each once.
 
-    Measures of diversity judge a document once for every subtopic, under 'iteration'; these stay apart.
+    Args:
+        qrels: Judgements: qid, docno, label.
+        subtopics: Whether a document may be judged once for every subtopic, under 'iteration', as measures of
+            diversity need it.
 
     Raises:
         ValueError: If columns or labels are missing, a label is not a whole number, or a document of a query has two
@@ -83,7 +86,7 @@ def judgements(qrels: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(
             f'qrels: {len(bad)} of {len(qrels)} rows have no label that is a whole number, first {_first(bad, "label")}'
         )
-    keys = [*_KEYS, *(['iteration'] if 'iteration' in qrels.columns else [])]
+    keys = [*_KEYS, *(['iteration'] if subtopics and 'iteration' in qrels.columns else [])]
     qrels = qrels.astype({'label': int}).drop_duplicates([*keys, 'label'])
     twice = qrels[qrels.duplicated(keys)]
     if len(twice):

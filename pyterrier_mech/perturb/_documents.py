@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import dropwhile, groupby
 from typing import Any
 
 import pandas as pd
@@ -21,8 +23,22 @@ STOP_WORDS = frozenset(
 
 
 def plain_words(text: str) -> list[str]:
-    """Returns the lower-cased runs of letters and digits in a text."""
-    return _WORD.findall(text.lower())
+    """Returns the lower-cased runs of letters and digits in a text, with the combining marks that follow them."""
+    text = text.lower()
+    if text.isascii():
+        return _WORD.findall(text)
+    runs = (''.join(dropwhile(_is_mark, run)) for inside, run in groupby(text, _in_word) if inside)
+    return [word for word in runs if word]
+
+
+@cache
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith('M')
+
+
+@cache
+def _in_word(character: str) -> bool:
+    return character.isalnum() or _is_mark(character)
 
 
 def plain_terms(text: str) -> list[tuple[str, str]]:

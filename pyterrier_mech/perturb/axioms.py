@@ -6,13 +6,12 @@ formulations are those of Fang, Tao and Zhai; the appended term is the word as t
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
+from pyterrier_mech.draws import generator
 from pyterrier_mech.perturb.statistics import CollectionStatistics, collection_statistics, idf, plain_terms, plain_words
 
 _FANG_2004 = 'Fang, Tao and Zhai: A Formal Study of Information Retrieval Heuristics. SIGIR 2004.'
@@ -24,7 +23,7 @@ class Axiom:
 
     Args:
         statistics: Anything that ``collection_statistics`` takes; ``None`` for the simple tokeniser alone.
-        seed: Seed of everything drawn.
+        seed: Random seed.
         location: Where the terms go, ``'end'`` or ``'start'`` of the document.
     """
 
@@ -40,8 +39,10 @@ class Axiom:
 
         Raises:
             TypeError: If no statistics can be had from ``statistics``.
-            ValueError: If ``location`` is unknown.
+            ValueError: If ``seed`` is not a whole number, or ``location`` is unknown.
         """
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f'seed={self.seed!r}: must be a whole number.')
         if self.location not in ('end', 'start'):
             raise ValueError(f"location={self.location!r}: must be 'end' or 'start'.")
         if self.statistics is not None:
@@ -68,10 +69,8 @@ class Axiom:
     def _draw(self, words: Sequence[str], k: int, query: str, text: str) -> list[str]:
         if not words:
             return []
-        digest = hashlib.sha256(repr((int(self.seed), query, text)).encode()).digest()
-        generator = random.Random(int.from_bytes(digest, 'big'))
-        # Of the methods of Random only random() is promised to draw the same in every version of Python.
-        return [words[int(generator.random() * len(words))] for _ in range(k)]
+        drawn = generator(int(self.seed), query, text)
+        return [words[int(drawn.random() * len(words))] for _ in range(k)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class TFC1(Axiom):
     Args:
         statistics: The collection, for its tokeniser and stop words; ``None`` for the simple tokeniser.
         k: Number of occurrences to add, each drawn anew; the first ``k - 1`` are those of ``k - 1``.
-        seed: Seed of the draw.
+        seed: Random seed.
         location: ``'end'`` or ``'start'``.
     """
 
@@ -111,7 +110,7 @@ class TFC2(Axiom):
     Args:
         statistics: The collection, for its tokeniser and stop words; ``None`` for the simple tokeniser.
         k: Number of occurrences to add.
-        seed: Seed of the draw.
+        seed: Random seed.
         location: ``'end'`` or ``'start'``.
     """
 
@@ -169,7 +168,7 @@ class LNC1(Axiom):
             a stemmer, other forms of query words are not added either.
         k: Number of terms to add, each drawn anew.
         words: Words to draw from; ``None`` for the document's own words that are neither stop words nor in the query.
-        seed: Seed of the draw.
+        seed: Random seed.
         location: ``'end'`` or ``'start'``.
     """
 

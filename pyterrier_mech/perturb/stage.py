@@ -6,12 +6,14 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.frames import require, strings
+from pyterrier_mech.frames import EDITED, require, row_name, strings
+from pyterrier_mech.stage import Keeping, Stage, choice
 
 
 class Perturbation:
@@ -19,8 +21,7 @@ class Perturbation:
 
     def __init__(self, function: Callable[[str, str], str]) -> None:
         """Wraps a function ``(query, text) -> str`` and takes over its name and docstring."""
-        if not callable(function):
-            raise TypeError(f'{function!r} is not callable: give a function (query, text) -> str.')
+        _check_callable(function)
         self.function = function
         functools.update_wrapper(self, function)
 
@@ -65,19 +66,21 @@ def perturbation(function: Callable[[str, str], str]) -> Perturbation:
     return Perturbation(function)
 
 
-class Perturb(pt.Transformer):
+@dataclass(eq=False, repr=False)
+class Perturb(Stage, Keeping):
     """Replaces the text (or the query) of every row by its perturbed version and keeps the original beside it.
 
     Rows, order, index and all other columns stay. A second ``Perturb`` perturbs the perturbed text and leaves
-    ``text_0`` as it is, so that ``text_0`` is always the first original; a ``query_0`` that a query rewriter left is
-    kept likewise. Where the perturbation changes nothing (for an axiom: it found no term to add), the row stays as it
-    is and one warning counts such rows.
+    ``text_0`` as it is, so that ``text_0`` is always the first original. A ``query_0`` that a query rewriter left
+    becomes ``query_1``, as in PyTerrier, when the query is edited. Where the perturbation changes nothing (for an
+    axiom: it found no term to add), the row stays as it is and one warning counts such rows.
 
     A score cache placed after this stage must not key on query and docno alone: the text is no longer the docno's.
 
     **Input columns**: ``qid``, ``docno``, ``query``, ``text``.
 
     **Output columns**: ``text`` perturbed and ``text_0`` original; with ``field='query'``, ``query`` and ``query_0``.
+    ``edited`` names the columns that were edited so far: ``'text'``, ``'query'`` or ``'query text'``.
 
     Args:
         perturbation: A callable ``(query, text) -> str``: an axiom, a decorated function, a lambda.
@@ -85,87 +88,115 @@ class Perturb(pt.Transformer):
         text_field: The column that holds the text; the original goes to the same name with ``_0``.
 
     Raises:
-        TypeError: If the perturbation is not callable or returns anything but a string.
-        ValueError: If ``field`` is neither, or a query or text is missing.
+        TypeError: If the perturbation is not callable, or a class, or returns anything but a string.
+        ValueError: If ``field`` is neither, a query or text is missing, or another column has the name ``text_0`` or
+            ``edited``.
         RuntimeError: If the perturbation raises; the message names the row, the cause is the original exception.
     """
 
-    def __init__(
-        self, perturbation: Callable[[str, str], str], *, field: str = 'text', text_field: str = 'text'
-    ) -> None:
-        """Stores the settings."""
-        if not callable(perturbation):
-            raise TypeError(f'perturbation={perturbation!r} is not callable: give a callable (query, text) -> str.')
-        if field not in ('text', 'query'):
-            raise ValueError(f"field={field!r}: must be 'text' or 'query'; name another text column by text_field=.")
-        self.perturbation = perturbation
-        self.field = field
-        self.text_field = text_field
+    perturbation: Callable[[str, str], str]
+    _: KW_ONLY
+    field: str = choice(('text', 'query'))
+    text_field: str = 'text'
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        self.check()
+
+    def check(self) -> None:
+        """Checks the settings, before any work.
+
+        Raises:
+            TypeError: If the perturbation cannot be called with a query and a text.
+            ValueError: If a setting is not among its options.
+        """
+        _check_callable(self.perturbation)
+        super().check()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Returns ``inp`` with the perturbed column and the original beside it."""
+        self.check()
         require(inp, self, ['query', self.text_field])
         queries, texts = strings(inp, 'query', self), strings(inp, self.text_field, self)
-        column, originals = ('query', queries) if self.field == 'query' else (self.text_field, texts)
+        column, before = ('query', queries) if self.field == 'query' else (self.text_field, texts)
+        edited = _edited(inp)
+        inp = _made_room(inp, column, edited)
         perturbed = [self._perturbed(inp, row, query, text) for row, (query, text) in enumerate(zip(queries, texts))]
-        self._warn_unchanged(inp, [row for row, pair in enumerate(zip(originals, perturbed)) if pair[0] == pair[1]])
-        out = inp.assign(**{column: pd.Series(perturbed, index=inp.index, dtype='str')})
-        backup = f'{column}_0'
-        return out if backup in inp.columns else out.assign(**{backup: inp[column]})
+        self._warn_unchanged(inp, [row for row, pair in enumerate(zip(before, perturbed)) if pair[0] == pair[1]])
+        first = inp.get(f'{column}_0', inp[column])
+        originals = [old if column in names else now for old, now, names in zip(first, before, edited)]
+        new = {
+            column: perturbed,
+            f'{column}_0': originals,
+            EDITED: [' '.join(sorted({*names, column})) for names in edited],
+        }
+        return inp.assign(**{name: pd.Series(values, index=inp.index, dtype='str') for name, values in new.items()})
 
     def _perturbed(self, inp: pd.DataFrame, row: int, query: str, text: str) -> str:
         try:
             result = self.perturbation(query, text)
         except Exception as error:
-            raise RuntimeError(f'{self!r} failed at {_row(inp, row)}: {error!r}') from error
+            raise RuntimeError(f'{self!r} failed at {row_name(inp, row)}: {error!r}') from error
         if not isinstance(result, str):
-            raise TypeError(f'{self!r} got {result!r} at {_row(inp, row)}: a perturbation returns a string.')
+            raise TypeError(f'{self!r} got {result!r} at {row_name(inp, row)}: a perturbation returns a string.')
         return result
 
     def _warn_unchanged(self, inp: pd.DataFrame, rows: list[int]) -> None:
         if rows:
             warnings.warn(
-                f'{self!r} left {len(rows)} of {len(inp)} rows unchanged, the first at {_row(inp, rows[0])}: '
+                f'{self!r} left {len(rows)} of {len(inp)} rows unchanged, the first at {row_name(inp, rows[0])}: '
                 'the perturbation found nothing to do there.',
                 stacklevel=3,
             )
 
-    def fuse_rank_cutoff(self, k: int) -> pt.Transformer:
-        """Moves a rank cutoff before this stage, which keeps the ranking."""
-        return pt.RankCutoff(k) >> self
+    def _label(self) -> str:
+        return f'Perturb {_name(self.perturbation)}'
 
-    def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Returns none: there is nothing to draw inside."""
-        return {}
 
-    @property
-    def schematic(self) -> dict[str, str | None]:
-        """How diagrams show the stage."""
-        label = f'Perturb {_name(self.perturbation)}'
-        return {'label': label if len(label) <= 20 else f'{label[:19]}…', 'help_url': None}
+def _edited(inp: pd.DataFrame) -> list[set[str]]:
+    """Returns the columns of every row that were edited before."""
+    if EDITED not in inp.columns:
+        return [set() for _ in range(len(inp))]
+    # A row that comes from a frame without the column, put together with others, is not edited.
+    edited = [set() if pd.isna(said) else set(str(said).split()) for said in inp[EDITED]]
+    for name in sorted(set().union(*edited)):
+        if f'{name}_0' not in inp.columns:
+            raise ValueError(
+                f'the column {EDITED!r} must hold the names of the columns that Perturb has edited; got {name!r}, and '
+                f"there is no '{name}_0'. Rename yours: {_renamed(EDITED, 'edited_before')}"
+            )
+    return edited
 
-    def _key(self) -> tuple[object, ...]:
-        return type(self), self.perturbation, self.field, self.text_field
 
-    def __eq__(self, other: object) -> bool:
-        """Compares class and settings."""
-        return self._key() == other._key() if isinstance(other, Perturb) else NotImplemented
+def _made_room(inp: pd.DataFrame, column: str, edited: list[set[str]]) -> pd.DataFrame:
+    """Returns the frame with the column of the original free, but for the originals of earlier edits."""
+    backup = f'{column}_0'
+    if backup not in inp.columns:
+        return inp
+    ours = any(column in names for names in edited) or (not len(inp) and EDITED in inp.columns)
+    if column == 'query' and not ours:
+        return pt.model.push_queries(inp, keep_original=True)
+    if any(column not in names and there for names, there in zip(edited, inp[backup].notna())):
+        raise ValueError(
+            f'the frame has a column {backup!r} that Perturb did not write: the original would not fit beside it. '
+            f'Rename it: {_renamed(backup, column + "_before")}'
+        )
+    return inp
 
-    def __hash__(self) -> int:
-        """Hashes class and settings."""
-        return hash(self._key())
 
-    def __repr__(self) -> str:
-        """Returns the call that makes the stage."""
-        shown = _name(self.perturbation) if hasattr(self.perturbation, '__name__') else repr(self.perturbation)
-        field = '' if self.field == 'text' else f', field={self.field!r}'
-        text_field = '' if self.text_field == 'text' else f', text_field={self.text_field!r}'
-        return f'Perturb({shown}{field}{text_field})'
+def _renamed(column: str, to: str) -> str:
+    return f'frame.rename(columns={{{column!r}: {to!r}}})'
+
+
+def _check_callable(function: Any) -> None:
+    if isinstance(function, type):
+        raise TypeError(
+            f'perturbation={_name(function)} is a class: give one made of it, such as {_name(function)}() or, where it '
+            f'needs a collection, {_name(function)}(index).'
+        )
+    if not callable(function):
+        raise TypeError(f'perturbation={function!r} is not callable: give a callable (query, text) -> str.')
 
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, '__name__', type(function).__name__)
-
-
-def _row(inp: pd.DataFrame, row: int) -> str:
-    return f'qid={inp["qid"].iloc[row]!r} docno={inp["docno"].iloc[row]!r}'

@@ -99,12 +99,17 @@ class BiEncoder(Ranker):
         """How a sequence becomes a vector."""
         return READOUTS[str(self.stated_.pooling)]
 
+    _read_stated = staticmethod(stated_bi_encoder)
+
     def _stated(self) -> Stated:
-        stated = stated_bi_encoder(self._name) if self._by_name else Stated()
-        return stated.given(
-            pooling=self.pooling,
-            similarity=self.similarity,
-            normalize=self.normalize,
-            query_prompt=self.query_prefix,
-            text_prompt=self.text_prefix,
+        return (
+            super()
+            ._stated()
+            .given(
+                pooling=self.pooling,
+                similarity=self.similarity,
+                normalize=self.normalize,
+                query_prompt=self.query_prefix,
+                text_prompt=self.text_prefix,
+            )
         )

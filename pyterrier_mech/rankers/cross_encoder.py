@@ -10,7 +10,7 @@ import torch
 
 from pyterrier_mech.anatomy.model import ModelMap
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
-from pyterrier_mech.rankers.folders import Stated, stated_cross_encoder
+from pyterrier_mech.rankers.folders import stated_cross_encoder
 from pyterrier_mech.rankers.ranker import Ranker
 
 
@@ -45,8 +45,7 @@ class CrossEncoder(Ranker):
     _: KW_ONLY
     label: int | None = None
 
-    def _stated(self) -> Stated:
-        return stated_cross_encoder(self._name) if self._by_name else Stated()
+    _read_stated = staticmethod(stated_cross_encoder)
 
     @property
     def readout(self) -> Readout:
@@ -56,10 +55,10 @@ class CrossEncoder(Ranker):
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the relevance logits [...] of vectors [..., d]."""
-        return self.map.family.classify(self.map.module, vectors[0])[..., self._label]
+        return self.map.family.classify(self.map.module, vectors[0])[..., self._relevance]
 
     @property
-    def _label(self) -> int:
+    def _relevance(self) -> int:
         n_labels = self.map.module.config.num_labels
         if self.label is None and n_labels > 1:
             raise ValueError(f'{self!r} has {n_labels} labels: say which logit is the relevance, e.g. label=1')

@@ -33,6 +33,7 @@ _GROUPS = tuple(
 _LENGTH = 'model_max_length'
 # Without a part in the scores.
 _NEUTRAL = ('unpad_inputs', 'attn_implementation', 'dtype', 'torch_dtype', 'add_pooling_layer', 'trust_remote_code')
+_RANKERS = {'SentenceTransformer': 'BiEncoder', 'CrossEncoder': 'CrossEncoder'}
 _OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean'}
 
 
@@ -158,21 +159,20 @@ def stated_bi_encoder(name: str) -> Stated:
     Raises:
         ValueError: If it states something that BiEncoder does not do.
     """
-    stated = _transformer(name, 'feature-extraction')
     modules = _read(name, _MODULES, list)
     if modules is None:
-        return stated
+        return _transformer(name, 'feature-extraction')
+    settings = _settings(name, 'SentenceTransformer')
     kinds = _kinds(name, modules)
     if kinds[:2] != ['Transformer', 'Pooling'] or set(kinds[2:]) - {'Normalize'}:
         raise ValueError(
             f'{name!r} is made of {", ".join(kinds)}; BiEncoder must have Transformer, Pooling and Normalize alone, or '
             'its scores would be wrong. Use such a model'
         )
-    settings = _settings(name, 'SentenceTransformer', 'BiEncoder')
     prompts = _prompts(name, settings, ('query', 'document'))
     pooling = _read(name, f'{modules[1]["path"]}/config.json', dict) or {}
     return replace(
-        stated,
+        _transformer(name, 'feature-extraction'),
         query_prompt=prompts['query'],
         text_prompt=prompts['document'],
         unused_prompt='' if prompts['document'] else prompts.get('passage') or prompts.get('corpus') or '',
@@ -190,19 +190,17 @@ def stated_cross_encoder(name: str) -> Stated:
     Raises:
         ValueError: If it states something that CrossEncoder does not do.
     """
-    stated = _transformer(name, 'sequence-classification')
     modules = _read(name, _MODULES, list)
     if modules is None:
-        return stated
+        return _transformer(name, 'sequence-classification')
+    settings = _settings(name, 'CrossEncoder')
     kinds = _kinds(name, modules)
     if kinds != ['Transformer']:
         raise ValueError(
-            f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. '
-            + ('It is a bi-encoder: use BiEncoder' if 'Pooling' in kinds else 'Use such a model')
+            f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. Use such a model'
         )
-    settings = _settings(name, 'CrossEncoder', 'CrossEncoder')
     prompt = _prompts(name, settings)[settings.get('default_prompt_name') or '']
-    return replace(stated, query_prompt=prompt)
+    return replace(_transformer(name, 'sequence-classification'), query_prompt=prompt)
 
 
 def _transformer(name: str, task: str) -> Stated:
@@ -234,13 +232,14 @@ def _kinds(name: str, modules: list[Any]) -> list[str]:
     return [module['type'].rsplit('.', 1)[-1] for module in modules]
 
 
-def _settings(name: str, expected: str, ours: str) -> Mapping[str, Any]:
+def _settings(name: str, expected: str) -> Mapping[str, Any]:
     settings = _read(name, _SETTINGS, dict) or {}
     kind = settings.get('model_type', 'SentenceTransformer')
     if kind != expected:
         raise ValueError(
-            f'{name!r} was saved as a {kind}; {ours} must have a {expected}. To use its weights all the same, load '
-            'module and tokenizer yourself and give model= and tokenizer='
+            f'{name!r} was saved as a {kind}, not as a {expected}: '
+            + (f'use {_RANKERS[kind]}' if kind in _RANKERS else 'its scores are made in another way')
+            + '. To use its weights all the same, load module and tokenizer yourself and give model= and tokenizer='
         )
     return settings
 

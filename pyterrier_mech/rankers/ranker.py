@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +63,7 @@ class Ranker(Stage):
     device: str | None = None
     dtype: str | None = None
     verbose: bool = False
+    _carried: Stated | None = field(default=None, init=False)
 
     # -- the stage
 
@@ -252,9 +254,23 @@ class Ranker(Stage):
         """How texts are read and scored: as given, or as the files beside the weights state."""
         return self.cached('stated', self.identity(), self._stated)
 
-    @abstractmethod
     def _stated(self) -> Stated:
-        """Reads what the model states."""
+        if self._carried is not None:
+            return self._carried
+        return self._read_stated(self._name) if self._by_name else Stated()
+
+    @staticmethod
+    @abstractmethod
+    def _read_stated(name: str) -> Stated:
+        """Returns what a folder or repository states."""
+
+    def around(self, module: Any) -> Ranker:
+        """Returns a ranker with another module, which reads texts and scores them as this one does."""
+        other = copy.copy(self)
+        other._carried = replace(self.stated_, lower_case=False)  # the tokenizer does it
+        other.model, other.tokenizer, other.max_length = module, self.maker.tokenizer, self.maker.max_length
+        other.device, other.dtype = None, self.dtype if self.dtype == 'tf32' else None
+        return other
 
     def _load(self) -> ModelMap:
         if self._by_name:
@@ -285,7 +301,7 @@ class Ranker(Stage):
         positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length
         positions -= first_position(config)
         if self.max_length is None:
-            return int(min(positions, tokenizer.model_max_length, self.stated_.max_length or positions))
+            return int(min(positions, self.stated_.max_length or tokenizer.model_max_length))
         if not 1 <= self.max_length <= positions:
             raise ValueError(
                 f'max_length must be between 1 and the {positions} positions of the model; got {self.max_length}'

@@ -9,27 +9,37 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.columns import PATCHING, head_columns, parse_head
-from pyterrier_mech.evaluation.stats import bootstrap_by_query
+from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes
+from pyterrier_mech.evaluation.runs import with_ids
+from pyterrier_mech.provenance import Analysis, analysis_of
+from pyterrier_mech.units import Unit, unit_columns
 
 # Below this score change a single pair says little about its heads.
 LOW_DELTA = 0.05
 
+KEYS = ('layer', 'head', 'name')
+COLUMNS = (*KEYS, 'ratio', 'ratio_low', 'ratio_high', 'mean', 'mean_low', 'mean_high', 'n', 'n_queries')
+
+_EXPECTED = ('PatchHeads', 'AttributeHeads')
+_ONE_TEXT = ('gradient', 'integrated_gradients')
+_SIGNS = {'perturbed_to_original': 1, 'original_to_perturbed': -1}
 _REQUIRED = ['qid', 'docno', 'score_original', 'score_perturbed']
 
 
-def aggregate(
-    frame: pd.DataFrame, confidence: float, n_resamples: int, seed: int
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Returns one row per head, and what is true of all heads together. See :class:`HeadEffects`."""
-    heads = _check(frame)
-    sign = _sign(frame)
-    patchable, unpatchable = _patchable(frame)
-    rows = frame[patchable]
-    # Order of rows must not show in the last digit of a sum, nor in which queries the seed draws.
-    rows = rows.assign(qid=rows['qid'].astype(str), docno=rows['docno'].astype(str)).sort_values(['qid', 'docno'])
+def aggregate(frame: pd.DataFrame, **options: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Returns one row per head, and what is true of all heads together. See :class:`HeadEffects`.
 
-    effects = _floats(rows, heads)
+    Args:
+        frame: The frame of a stage that patches or attributes heads.
+        **options: `confidence`, `n_resamples` and `seed` of the intervals.
+    """
+    heads = _check(frame)
+    frame = with_ids(frame, 'the frame')
+    patchable, unpatchable = _patchable(frame)
+    analysis = analysis_of(frame, expected=_EXPECTED, what='HeadEffects')
+    # Order of rows must not show in the last digit of a sum, nor in which queries the seed draws.
+    rows = frame[patchable].sort_values(['qid', 'docno'])
+    effects = _floats(rows, [head.name for head in heads])
     delta = _floats(rows, ['score_perturbed'])[:, 0] - _floats(rows, ['score_original'])[:, 0]
     finite = np.isfinite(effects) & np.isfinite(delta)[:, None]
     used = finite.any(axis=1)
@@ -38,83 +48,67 @@ def aggregate(
             f'None of the {len(rows)} patchable rows has finite scores and a finite effect, so there is nothing to '
             'aggregate. Look at score_original, score_perturbed and the head columns of the frame.'
         )
-    effects, delta, finite, qids = effects[used], delta[used], finite[used], rows['qid'].to_numpy()[used]
+    effects, delta, qids = np.where(finite, effects, np.nan)[used], delta[used], rows['qid'].to_numpy()[used]
 
-    starts = np.flatnonzero(np.r_[True, qids[1:] != qids[:-1]])
-    per_row = [np.where(finite, x, 0.0) for x in (effects, sign * delta[:, None], np.abs(delta)[:, None], 1.0)]
-    per_query = [np.add.reduceat(x, starts, axis=0) for x in per_row]
-    n_per_query = per_query[3]
-
-    point = _ratio_and_mean(*(x.sum(axis=0) for x in per_query))
-    low, high = bootstrap_by_query(
-        _ratio_and_mean, *per_query, confidence=confidence, n_resamples=n_resamples, seed=seed
-    )
-    n_queries = (n_per_query > 0).sum(axis=0)
-    low, high = (np.where(n_queries > 1, x, np.nan) for x in (low, high))
-
-    layers, numbers = np.array([parse_head(name) for name in heads]).T
+    ratio = ratio_of_sums(effects, _sign(analysis) * delta, qids, **options)
+    mean = ratio_of_sums(effects, 1, qids, **options)
     table = pd.DataFrame(
         {
-            'layer': layers,
-            'head': numbers,
-            'name': heads,
-            'ratio': point[0],
-            'ratio_low': low[0],
-            'ratio_high': high[0],
-            'mean': point[1],
-            'mean_low': low[1],
-            'mean_high': high[1],
-            'n': n_per_query.sum(axis=0).astype(np.int64),
-            'n_queries': n_queries.astype(np.int64),
+            'layer': [head.site.layer for head in heads],
+            'head': [head.index for head in heads],
+            'name': [head.name for head in heads],
+            **dict(zip(['ratio', 'ratio_low', 'ratio_high', 'n', 'n_queries'], ratio, strict=True)),
+            **dict(zip(['mean', 'mean_low', 'mean_high'], mean, strict=False)),
         }
-    )
+    )[list(COLUMNS)]
     total = delta.sum()
-    cancelled = _vanishes(total, np.abs(delta).sum())
+    cancelled = vanishes(total, np.abs(delta).sum())
     summary = {
-        'confidence': float(confidence),
-        'n_resamples': int(n_resamples),
-        'seed': int(seed),
+        **options,
+        'analysis': {'by': analysis.name, **analysis.settings},
         'n_rows': len(frame),
         'n_used': len(delta),
-        'n_queries': len(starts),
+        'n_queries': len(set(qids)),
         'n_unpatchable': unpatchable,
         'n_nan': len(rows) - int(finite.all(axis=1).sum()),
         'n_duplicates': int(frame.duplicated(['qid', 'docno']).sum()),
         'mean_delta': float(delta.mean()),
         'low_delta_share': float((np.abs(delta) < LOW_DELTA).mean()),
         'wrong_direction_share': float('nan') if cancelled else float((delta * total < 0).mean()),
+        'qids': sorted(set(frame['qid'])),
     }
     for remark in _remarks(table, summary):
         warnings.warn(remark, stacklevel=3)
     return table, summary
 
 
-def _check(frame: pd.DataFrame) -> list[str]:
+def _check(frame: pd.DataFrame) -> list[Unit]:
     missing = [column for column in _REQUIRED if column not in frame.columns]
-    heads = head_columns(frame)
+    heads = unit_columns(frame)
     if missing or not heads:
         lacks = [repr(column) for column in missing] + ([] if heads else ["head columns such as 'L0H0'"])
         raise ValueError(
             f'The frame has no {", ".join(lacks)}. Pass the whole frame that a PatchHeads stage returned, e.g. '
             'HeadEffects.from_frame((pipeline >> PatchHeads(model))(topics)).'
         )
-    if frame['qid'].isna().any():
-        raise ValueError(
-            f'{int(frame["qid"].isna().sum())} of {len(frame)} rows have no qid, so they belong to no query. '
-            "Remove them with res.dropna(subset=['qid'])."
-        )
     return heads
 
 
-def _sign(frame: pd.DataFrame) -> int:
+def _sign(analysis: Analysis) -> int:
     """Returns 1 where effects move the score towards the perturbed text, -1 where towards the original."""
-    settings = frame.attrs.get(PATCHING, {})
+    settings = analysis.settings
     if settings.get('effect', 'difference') != 'difference':
         raise ValueError(
             f'The effects of this frame are {settings["effect"]}, ratios already. Aggregate the differences: run '
-            "PatchHeads with effect='difference', its default."
+            f"{analysis.name} with effect='difference', its default."
         )
-    return -1 if settings.get('direction') == 'original_to_perturbed' else 1
+    if settings.get('method') in _ONE_TEXT or settings.get('direction') not in _SIGNS:
+        raise ValueError(
+            f'The effects of this frame are of {analysis.name} with {dict(settings)}: they are parts of one score and '
+            'not of a change between two, so there is no ratio. Use PatchHeads, or AttributeHeads with a method that '
+            "reads two texts, such as 'attribution_patching'."
+        )
+    return _SIGNS[settings['direction']]
 
 
 def _patchable(frame: pd.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
@@ -134,17 +128,6 @@ def _patchable(frame: pd.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
 
 def _floats(rows: pd.DataFrame, columns: list[str]) -> np.ndarray:
     return rows[columns].to_numpy(dtype=np.float64, na_value=np.nan)
-
-
-def _ratio_and_mean(effects: np.ndarray, delta: np.ndarray, size: np.ndarray, n: np.ndarray) -> np.ndarray:
-    with np.errstate(divide='ignore', invalid='ignore'):
-        ratio = np.where(_vanishes(delta, size), np.nan, effects / delta)
-        return np.stack([ratio, effects / n], axis=-2)
-
-
-def _vanishes(total: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Whether changes cancel to 0. Summed in floats, 0.1 + 0.2 - 0.3 is not 0, and would make a ratio of 1e16."""
-    return np.abs(total) <= 1e-12 * size
 
 
 def _remarks(table: pd.DataFrame, summary: dict[str, Any]) -> Iterator[str]:

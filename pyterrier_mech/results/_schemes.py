@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.units import neuron_name
+from pyterrier_mech.evaluation.runs import judgements, with_ids
+from pyterrier_mech.units import neuron
 
+KEYS = ('layer', 'neuron', 'name')
 DATASET, SCHEME = 'dataset', 'scheme'
 GROUPS = ('relevant', 'non_relevant')
 
-_ERROR = 'completeness_error'
+_ERROR = 'completeness_error.neurons'
 
 
 def aggregate(
@@ -27,9 +29,9 @@ def aggregate(
     column: str,
 ) -> dict[str, pd.DataFrame]:
     """Returns the tables of `NeuronEffects`: neurons, schemes, datasets. See `NeuronEffects.from_frame`."""
-    _check(frame, qrels, column, max_error)
+    _check(frame, column, max_error)
     # Order of rows must not show in the last digit of a mean.
-    rows = frame.assign(qid=frame['qid'].astype(str), docno=frame['docno'].astype(str)).sort_values(['qid', 'docno'])
+    rows = with_ids(frame, 'the frame').sort_values(['qid', 'docno'])
     values, errors = _arrays(rows, column), rows[_ERROR].to_numpy(dtype=np.float64, na_value=np.nan)
     labels = _labels(rows, qrels, unjudged)
     there = np.isfinite(values).any(axis=0)
@@ -48,7 +50,7 @@ def aggregate(
         raise ValueError(f'No pair is left to average: {counts}. Look at qrels, min_rel, max_error and {column!r}.')
     layers, neurons = np.nonzero(there)
     table = pd.DataFrame({'layer': layers, 'neuron': neurons})
-    table['name'] = [neuron_name(*unit) for unit in zip(layers.tolist(), neurons.tolist(), strict=True)]
+    table['name'] = [neuron(*unit).name for unit in zip(layers.tolist(), neurons.tolist(), strict=True)]
     schemes = []
     for group, relevant in zip(GROUPS, (True, False), strict=True):
         members = used & ((labels >= min_rel) == relevant)
@@ -64,28 +66,20 @@ def aggregate(
     }
 
 
-def _check(frame: pd.DataFrame, qrels: pd.DataFrame, column: str, max_error: float | None) -> None:
+def _check(frame: pd.DataFrame, column: str, max_error: float | None) -> None:
     missing = [name for name in ('qid', 'docno', column, _ERROR) if name not in frame.columns]
     if missing:
         raise ValueError(
             f'The frame has no {", ".join(map(repr, missing))}. Pass the whole frame that an AttributeNeurons stage '
             "returned; with by='token_type' name one of its columns, e.g. column='neurons.cls'."
         )
-    if frame['qid'].isna().any():
-        raise ValueError(
-            f'{int(frame["qid"].isna().sum())} of {len(frame)} rows have no qid, so they belong to no query. '
-            "Remove them with res.dropna(subset=['qid'])."
-        )
-    missing = [name for name in ('qid', 'docno', 'label') if name not in qrels.columns]
-    if missing:
-        raise ValueError(f'The qrels have no {", ".join(map(repr, missing))}. Give dataset.get_qrels().')
     if max_error is not None and not max_error > 0:
         raise ValueError(f'max_error={max_error!r} lets no pair in: give e.g. 0.05, or None for all')
 
 
 def _arrays(rows: pd.DataFrame, column: str) -> np.ndarray:
     """Returns [rows, layers, neurons]."""
-    arrays = [np.asarray(value) for value in rows[column]]
+    arrays = [_array(value) for value in rows[column]]
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
         raise ValueError(
@@ -94,13 +88,15 @@ def _arrays(rows: pd.DataFrame, column: str) -> np.ndarray:
     return np.stack(arrays).astype(np.result_type(*arrays, np.float32), copy=False) if arrays else np.zeros((0, 0, 0))
 
 
+def _array(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    # Parquet has no arrays of two dimensions: it gives back an array of arrays.
+    return np.array(array.tolist()) if array.dtype == object else array
+
+
 def _labels(rows: pd.DataFrame, qrels: pd.DataFrame, unjudged: int | None) -> np.ndarray:
     """Returns the label of every row, NaN where there is none."""
-    known = qrels[['qid', 'docno', 'label']].astype({'qid': str, 'docno': str}).drop_duplicates()
-    twice = known[known.duplicated(['qid', 'docno'])]
-    if len(twice):
-        qid, docno = twice.iloc[0][['qid', 'docno']]
-        raise ValueError(f'The qrels give qid={qid!r} docno={docno!r} two labels. Keep one of them.')
+    known = judgements(qrels)[['qid', 'docno', 'label']]
     labels = rows[['qid', 'docno']].merge(known, on=['qid', 'docno'], how='left')['label'].to_numpy(dtype=np.float64)
     return labels if unjudged is None else np.where(np.isnan(labels), unjudged, labels)
 

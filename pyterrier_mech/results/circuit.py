@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.columns import head_name
+from pyterrier_mech.provenance import as_qids
 from pyterrier_mech.saving import SavedResult
-from pyterrier_mech.units import Units, neuron_name
+from pyterrier_mech.units import HEADS, NEURONS, Units, parse
 
 UNKNOWN = 'unknown'
 
@@ -30,8 +30,11 @@ class Circuit(SavedResult):
     """
 
     ARTIFACT_TYPE = 'circuit'
-    TABLES = ('heads', 'neurons')
+    TABLES = {'heads': _HEADS, 'neurons': _NEURONS}
     MADE_BY = 'discover_circuit(effects)'
+
+    settings: dict[str, Any]
+    qids: list[str]
 
     def __init__(
         self,
@@ -47,8 +50,6 @@ class Circuit(SavedResult):
             ValueError: If the folder holds something else.
         """
         super().__init__(path, tables, summary)
-        self.settings: dict[str, Any] = self._summary['settings']
-        self.qids: list[str] = self._summary['qids']
 
     @classmethod
     def of_tables(
@@ -62,21 +63,18 @@ class Circuit(SavedResult):
         """Makes a circuit from one row per unit, in the order that its parts are taken in.
 
         Args:
-            heads: `layer`, `head`, and where known `effect`, `effect_low`, `effect_high`, `role`.
-            neurons: `layer`, `neuron`, and where known `effect`, `role`.
+            heads: `name`, or `layer` and `head`, and where known `effect`, `effect_low`, `effect_high`, `role`.
+            neurons: `name`, or `layer` and `neuron`, and where known `effect`, `role`.
             settings: How it was found, in plain values.
             qids: Queries that it was found on.
 
         Raises:
             ValueError: If a unit comes twice or a column is missing.
         """
-        tables = {
-            'heads': _table(heads, 'head', _HEADS),
-            'neurons': _table(
-                pd.DataFrame(columns=['layer', 'neuron']) if neurons is None else neurons, 'neuron', _NEURONS
-            ),
-        }
-        summary = {'settings': dict(settings or {}), 'qids': sorted({str(qid) for qid in qids})}
+        if neurons is None:
+            neurons = pd.DataFrame({'name': []})
+        tables = {'heads': _table(heads, HEADS, _HEADS), 'neurons': _table(neurons, NEURONS, _NEURONS)}
+        summary = {'settings': dict(settings or {}), 'qids': sorted(as_qids(qids))}
         return cls(pt.Artifact.NO_PATH, tables=tables, summary=summary)
 
     @classmethod
@@ -87,31 +85,24 @@ class Circuit(SavedResult):
             units: As `Units.of` accepts them. A list keeps its order, which is that of the circuit's parts.
             qids: Queries that it was found on, where they are known.
         """
-        given = list(units) if isinstance(units, (list, tuple)) else Units.of(units).names
-        each = [Units.of([unit]) for unit in given]
-        heads = [unit for one in each for unit in one.heads]
-        neurons = [unit for one in each for unit in one.neurons]
-        return cls.of_tables(
-            pd.DataFrame(heads, columns=['layer', 'head']),
-            pd.DataFrame(neurons, columns=['layer', 'neuron']),
-            qids=qids,
-        )
+        given = [parse(unit) for unit in units] if isinstance(units, (list, tuple)) else sorted(Units.of(units))
+        tables = [
+            pd.DataFrame({'name': [unit.name for unit in given if unit.site.kind == kind]}) for kind in (HEADS, NEURONS)
+        ]
+        return cls.of_tables(*tables, qids=qids)
 
     @property
     def units(self) -> Units:
         """Heads and neurons as a set."""
-        heads, neurons = self._tables['heads'], self._tables['neurons']
-        return Units(
-            frozenset(zip(heads['layer'].tolist(), heads['head'].tolist(), strict=True)),
-            frozenset(zip(neurons['layer'].tolist(), neurons['neuron'].tolist(), strict=True)),
-        )
+        return Units.of([*self._tables['heads']['name'], *self._tables['neurons']['name']])
 
     @property
     def heads(self) -> pd.DataFrame:
         """One row a head, strongest first.
 
         Columns: `layer`, `head`, `name`, `effect` (share of the score change that it carries), `effect_low`,
-        `effect_high`, `role`; NaN and 'unknown' where that is not known.
+        `effect_high`, `role`; NaN and 'unknown' where that is not known. Where a model has several stacks of layers,
+        names tell them apart.
         """
         return self._tables['heads'].copy()
 
@@ -156,19 +147,23 @@ class Circuit(SavedResult):
         )
 
 
-def _table(given: pd.DataFrame, unit: str, columns: Sequence[str]) -> pd.DataFrame:
-    missing = [name for name in ('layer', unit) if name not in given.columns]
+def _table(given: pd.DataFrame, kind: str, columns: Sequence[str]) -> pd.DataFrame:
+    number = columns[1]
+    missing = [name for name in ('layer', number) if name not in given.columns and 'name' not in given.columns]
     if missing:
-        raise ValueError(f'The {unit}s have no {", ".join(map(repr, missing))}: give one row a {unit}.')
-    twice = given[given.duplicated(['layer', unit])]
-    name = head_name if unit == 'head' else neuron_name
-    pairs = list(zip(given['layer'].astype(int).tolist(), given[unit].astype(int).tolist(), strict=True))
-    if len(twice):
-        raise ValueError(f'{name(*twice.iloc[0][["layer", unit]].astype(int))} comes twice: drop the duplicates.')
+        raise ValueError(f'The {kind} have no {", ".join(map(repr, missing))}: give one row a {number}.')
+    named = 'name' in given.columns
+    places = given['name'] if named else given[['layer', number]].astype(int).itertuples(index=False, name=None)
+    units = [parse(place, kind) for place in places]
+    if strange := Units(units) - Units(units).of_kind(kind):
+        raise ValueError(f'{strange.names[0]!r} stands among the {kind}, but is not one of them.')
+    names = pd.Series([unit.name for unit in units], dtype='str')
+    if names.duplicated().any():
+        raise ValueError(f'{names[names.duplicated()].iloc[0]} comes twice: drop the duplicates.')
     filled: dict[str, Any] = {
-        'layer': np.asarray([layer for layer, _ in pairs], dtype=np.int64),
-        unit: np.asarray([number for _, number in pairs], dtype=np.int64),
-        'name': pd.array([name(*pair) for pair in pairs], dtype='str'),
+        'layer': np.asarray([unit.site.layer for unit in units], dtype=np.int64),
+        number: np.asarray([unit.index for unit in units], dtype=np.int64),
+        'name': names,
     }
     for column in columns[3:]:
         known = given[column] if column in given.columns else pd.Series(np.nan, index=given.index, dtype=object)

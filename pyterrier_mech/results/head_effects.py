@@ -8,25 +8,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.columns import head_name
-from pyterrier_mech.results._aggregate import aggregate
+from pyterrier_mech.results._aggregate import COLUMNS, KEYS, aggregate
 from pyterrier_mech.saving import SavedResult
-
-_SUMMARY = (
-    'confidence',
-    'n_resamples',
-    'seed',
-    'n_rows',
-    'n_used',
-    'n_queries',
-    'n_unpatchable',
-    'n_nan',
-    'n_duplicates',
-    'mean_delta',
-    'low_delta_share',
-    'wrong_direction_share',
-    'qids',
-)
+from pyterrier_mech.units import parse
 
 
 class HeadEffects(SavedResult):
@@ -37,7 +21,8 @@ class HeadEffects(SavedResult):
     Attributes:
         confidence: Coverage of the intervals.
         n_resamples: Bootstrap resamples behind the intervals.
-        seed: Seed of the bootstrap.
+        seed: Random seed of the resamples.
+        analysis: Which analysis made the effects: the class of the stage as 'by', and its settings.
         n_rows: Rows of the frame.
         n_used: Rows that entered for at least one head.
         n_queries: Queries of these rows.
@@ -52,12 +37,13 @@ class HeadEffects(SavedResult):
     """
 
     ARTIFACT_TYPE = 'head_effects'
-    TABLES = ('heads',)
+    TABLES = {'heads': COLUMNS}
     MADE_BY = 'HeadEffects.from_frame(frame)'
 
     confidence: float
     n_resamples: int
     seed: int
+    analysis: dict[str, Any]
     n_rows: int
     n_used: int
     n_queries: int
@@ -78,26 +64,23 @@ class HeadEffects(SavedResult):
         """
         super().__init__(path, None if table is None else {'heads': table}, summary)
         self._table = self._tables['heads']
-        for name in _SUMMARY:
-            setattr(self, name, self._summary[name])
 
     @classmethod
     def from_frame(
         cls, frame: pd.DataFrame, *, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0
     ) -> HeadEffects:
-        """Aggregates the frame of a ``PatchHeads`` stage.
+        """Aggregates the frame of ``PatchHeads``, or of ``AttributeHeads`` with a method that reads two texts.
 
         With d the value of a head column and delta = score_perturbed - score_original, a head's ``ratio`` is the sum of
         d over all rows divided by the sum of delta over the same rows: the share of the score change that the head
         carries. Ratios of single rows are never averaged, since they are undefined at delta = 0 and wild near it.
         ``mean`` is the mean of d, in logits. Intervals are percentile bootstrap intervals over queries.
 
-        The frame must hold differences in logits. ``PatchHeads`` notes its direction and kind of effect in the frame's
-        ``attrs``: normalised effects are refused, and where a head of the original was put into the perturbed text,
-        delta counts in that direction, so that a head that carries the change has a positive ratio either way. A frame
-        that has lost its ``attrs`` (a merge can do that) is taken as made with the defaults.
+        How the effects were made is read from the column ``analysis``, which the stage has written. Where a head of
+        the original was put into the perturbed text, delta counts in that direction, so that a head that carries the
+        change has a positive ratio either way.
 
-        **Input columns:** ``qid``, ``docno``, ``score_original``, ``score_perturbed``, one or more
+        **Input columns:** ``qid``, ``docno``, ``score_original``, ``score_perturbed``, ``analysis``, one or more
         ``L{layer}H{head}``; ``patchable`` where there is one: rows with anything but ``'yes'`` are counted by reason
         and left out.
 
@@ -105,7 +88,7 @@ class HeadEffects(SavedResult):
             frame: One row per pair. Layers may have different numbers of heads, and heads may be missing.
             confidence: Coverage of the intervals, between 0 and 1.
             n_resamples: Bootstrap resamples.
-            seed: Seed of the bootstrap. The order of the rows does not matter.
+            seed: Random seed of the resamples. The order of the rows does not matter.
 
         Returns:
             The effects, in memory. A warning tells of duplicate pairs, of NaN in patchable rows, of ratios that are NaN
@@ -113,10 +96,11 @@ class HeadEffects(SavedResult):
             (then all intervals are NaN).
 
         Raises:
-            ValueError: If columns are missing, or no row can be aggregated.
+            ValueError: If columns are missing, no row can be aggregated, or there is no ratio: the frame does not say
+                how its effects were made, holds those of several analyses or directions, of ``AblateHeads``,
+                normalised ones, or parts of a single score.
         """
-        table, summary = aggregate(frame, confidence, n_resamples, seed)
-        summary['qids'] = sorted(set(frame['qid'].astype(str)))
+        table, summary = aggregate(frame, confidence=float(confidence), n_resamples=int(n_resamples), seed=int(seed))
         return cls(pt.Artifact.NO_PATH, table=table, summary=summary)
 
     def to_frame(self) -> pd.DataFrame:
@@ -137,18 +121,25 @@ class HeadEffects(SavedResult):
         order = size.sort_values(['ratio', 'mean'], ascending=False, na_position='last').index
         return table.loc[order].head(k).reset_index(drop=True)
 
-    def matrix(self, column: str = 'ratio') -> np.ndarray:
+    def matrix(self, column: str = 'ratio', stack: str = '') -> np.ndarray:
         """Returns a column of :meth:`to_frame` as an array ``[layers, max heads]``, NaN where there is no head.
 
+        Args:
+            column: A column of numbers.
+            stack: Which stack of layers, where the names of heads begin with one: 'cross' for ``cross.L3H7``.
+
         Raises:
-            ValueError: If the column holds no numbers of heads.
+            ValueError: If the column holds no numbers of heads, or there is no such stack.
         """
-        columns = list(self._table.columns[3:])
+        columns = [name for name in COLUMNS if name not in KEYS]
         if column not in columns:
             raise ValueError(f'column={column!r} is not a number of a head. Choose one of {columns}.')
-        layer, head = self._table['layer'].to_numpy(), self._table['head'].to_numpy()
-        matrix = np.full((layer.max() + 1, head.max() + 1), np.nan)
-        matrix[layer, head] = self._table[column]
+        stacks = self._table['name'].map(lambda name: parse(name).site.stack)
+        table = self._table[stacks == stack]
+        if not len(table):
+            raise ValueError(f'stack must be one of {sorted(set(stacks))}; got stack={stack!r}')
+        matrix = np.full((table['layer'].max() + 1, table['head'].max() + 1), np.nan)
+        matrix[table['layer'], table['head']] = table[column]
         return matrix
 
     def __repr__(self) -> str:
@@ -158,5 +149,5 @@ class HeadEffects(SavedResult):
         kind = 'mean' if top['ratio'].isna().all() else 'ratio'
         for row in top.to_dict('records'):
             low, high = row[f'{kind}_low'], row[f'{kind}_high']
-            text += f', strongest {head_name(row["layer"], row["head"])} {kind} {row[kind]:.3g} [{low:.3g}, {high:.3g}]'
+            text += f', strongest {row["name"]} {kind} {row[kind]:.3g} [{low:.3g}, {high:.3g}]'
         return f'HeadEffects({text})'

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.results._schemes import DATASET, GROUPS, SCHEME, aggregate
+from pyterrier_mech.provenance import as_qids
+from pyterrier_mech.results._schemes import DATASET, GROUPS, KEYS, SCHEME, aggregate
 from pyterrier_mech.saving import SavedResult
 from pyterrier_mech.units import Units
 
-LABELS = ('relevance', *GROUPS)
+SCHEMES = ('relevance', *GROUPS)
 ORDERS = ('value', 'magnitude')
 FUSIONS = ('average', 'intersection')
 
@@ -29,17 +30,23 @@ class NeuronEffects(SavedResult):
         schemes: One row a scheme: `scheme` (``'{dataset}.relevant'``, ``'{dataset}.non_relevant'``), `dataset`,
             `label`, `n` (pairs that entered), `n_queries`, `median_error` and `worst_error` (completeness errors of
             these pairs).
-        datasets: One row a dataset: `dataset`, `n_rows`, `n_unjudged` (left out for want of a label), `n_inexact` (left
-            out since their completeness error is above `max_error`), `n_nan` (left out since a neuron or the error is
-            not finite), `n_duplicates` (they enter), `min_rel`, `max_error` (NaN for none).
+        datasets: One row a dataset: `dataset`, `n_rows`, `n_unjudged` (left out since they are not judged), `n_inexact`
+            (left out since their completeness error is above `max_error`), `n_nan` (left out since a neuron or the
+            error is not finite), `n_duplicates` (they enter), `min_rel`, `max_error` (NaN for none).
         qids: Queries of the frames, sorted, as strings: what was chosen by these effects is judged on others.
 
     Source: Vast, Van Cooten, Soulier, Piwowarski, ICTIR 2024, arXiv 2406.19309.
     """
 
     ARTIFACT_TYPE = 'neuron_effects'
-    TABLES = ('neurons', 'schemes', 'datasets')
+    TABLES = {
+        'neurons': KEYS,
+        'schemes': (SCHEME, DATASET, 'n', 'worst_error'),
+        'datasets': (DATASET,),
+    }
     MADE_BY = 'NeuronEffects.from_frame(frame, qrels)'
+
+    qids: list[str]
 
     def __init__(
         self,
@@ -55,7 +62,6 @@ class NeuronEffects(SavedResult):
             ValueError: If the folder holds something else.
         """
         super().__init__(path, tables, summary)
-        self.qids: list[str] = self._summary['qids']
 
     @classmethod
     def from_frame(
@@ -79,7 +85,7 @@ class NeuronEffects(SavedResult):
             dataset: What the schemes of this frame are called.
             min_rel: The lowest label of a relevant pair.
             unjudged: Label of the pairs that have none; by default they are left out and counted.
-            max_error: Pairs with a larger `completeness_error` are left out and counted; by default none is.
+            max_error: Pairs with a larger `completeness_error.neurons` are left out and counted; by default none is.
             column: The column of arrays, e.g. 'neurons.cls' of ``AttributeNeurons(by='token_type')``. Pairs without
                 such a token are counted with `n_nan`.
 
@@ -93,7 +99,7 @@ class NeuronEffects(SavedResult):
         tables = aggregate(
             frame, qrels, dataset, min_rel=min_rel, unjudged=unjudged, max_error=max_error, column=column
         )
-        return cls(pt.Artifact.NO_PATH, tables=tables, summary={'qids': sorted(set(frame['qid'].astype(str)))})
+        return cls(pt.Artifact.NO_PATH, tables=tables, summary={'qids': sorted(as_qids(frame['qid']))})
 
     @classmethod
     def join(cls, *effects: NeuronEffects) -> NeuronEffects:
@@ -107,12 +113,12 @@ class NeuronEffects(SavedResult):
         if not effects or twice:
             what = f'dataset={twice[0]!r} comes twice' if twice else 'There is nothing to join'
             raise ValueError(f"{what}: give effects made with from_frame(..., dataset='…') under different names.")
-        keys = effects[0].to_frame()[['layer', 'neuron', 'name']]
+        keys = effects[0].to_frame()[list(KEYS)]
         tables = {name: [one._tables[name] for one in effects] for name in cls.TABLES}
-        other = next((one for one in effects if not one.to_frame()[list(keys)].equals(keys)), None)
+        other = next((one for one in effects if not one.to_frame()[list(KEYS)].equals(keys)), None)
         if other is not None:
             raise ValueError(f'{other!r} and {effects[0]!r} have other neurons: join effects of one model.')
-        values = [table.drop(columns=list(keys)) for table in tables['neurons']]
+        values = [table.drop(columns=list(KEYS)) for table in tables['neurons']]
         joined = {name: pd.concat(tables[name], ignore_index=True) for name in ('schemes', 'datasets')}
         joined['neurons'] = pd.concat([keys, *values], axis=1)
         qids = sorted({qid for one in effects for qid in one.qids})
@@ -135,13 +141,13 @@ class NeuronEffects(SavedResult):
         """
         return self._tables['neurons'].copy()
 
-    def mean(self, label: str = 'relevance', datasets: Sequence[str] | None = None) -> np.ndarray:
+    def mean(self, scheme: str = 'relevance', datasets: Sequence[str] | None = None) -> np.ndarray:
         """Returns the mean over datasets of a scheme, or of relevance, as an array [layers, neurons].
 
         It is NaN where a layer has fewer neurons than the widest.
 
         Args:
-            label: 'relevance' (relevant less non-relevant), 'relevant' or 'non_relevant'.
+            scheme: 'relevance' (relevant less non-relevant), 'relevant' or 'non_relevant'.
             datasets: Names of datasets; by default all.
 
         Raises:
@@ -149,13 +155,13 @@ class NeuronEffects(SavedResult):
         """
         table = self._tables['neurons']
         matrix = np.full((table['layer'].max() + 1, table['neuron'].max() + 1), np.nan)
-        matrix[table['layer'], table['neuron']] = self._values(label, datasets).mean(axis=0)
+        matrix[table['layer'], table['neuron']] = self._values(scheme, datasets).mean(axis=0)
         return matrix
 
     def top(
         self,
         p: float,
-        label: str = 'relevance',
+        scheme: str = 'relevance',
         *,
         datasets: Sequence[str] | None = None,
         fuse: str = 'average',
@@ -165,7 +171,7 @@ class NeuronEffects(SavedResult):
 
         Args:
             p: In percent of all neurons; at least one neuron is taken. The literature uses 0.1 to 1.
-            label: 'relevance' (relevant less non-relevant), 'relevant' or 'non_relevant'.
+            scheme: 'relevance' (relevant less non-relevant), 'relevant' or 'non_relevant'.
             datasets: Names of datasets; by default all.
             fuse: How datasets are put together: 'average' (their means are averaged, then the first are taken) or
                 'intersection' (the neurons that are among the first of every dataset, which may be few or none).
@@ -174,12 +180,12 @@ class NeuronEffects(SavedResult):
         Raises:
             ValueError: If a setting is not known or out of range, or a scheme that is needed has no pairs.
         """
-        return self._extreme(-1, p, label, datasets, fuse, by)
+        return self._extreme(-1, p, scheme, datasets, fuse, by)
 
     def bottom(
         self,
         p: float,
-        label: str = 'relevance',
+        scheme: str = 'relevance',
         *,
         datasets: Sequence[str] | None = None,
         fuse: str = 'average',
@@ -189,7 +195,7 @@ class NeuronEffects(SavedResult):
 
         With ``by='value'`` these speak most against; with ``by='magnitude'`` they matter least.
         """
-        return self._extreme(1, p, label, datasets, fuse, by)
+        return self._extreme(1, p, scheme, datasets, fuse, by)
 
     def overlaps(self, p: float, *, by: str = 'value') -> pd.DataFrame:
         """Returns, for every two schemes, how many of their top neurons they share, as a part of `p` percent."""
@@ -198,42 +204,41 @@ class NeuronEffects(SavedResult):
         sets = [set(_first(table[name].to_numpy(), -1, self._count(p, by), by)) for name in full]
         return pd.DataFrame([[len(a & b) / len(a) for b in sets] for a in sets], index=full, columns=full)
 
-    def _extreme(self, sign: int, p: float, label: str, datasets: Sequence[str] | None, fuse: str, by: str) -> Units:
+    def _extreme(self, sign: int, p: float, scheme: str, datasets: Sequence[str] | None, fuse: str, by: str) -> Units:
         if fuse not in FUSIONS:
-            raise ValueError(f'fuse={fuse!r} is none of {FUSIONS}')
-        count, values = self._count(p, by), self._values(label, datasets)
+            raise ValueError(f'fuse must be one of {FUSIONS}; got fuse={fuse!r}')
+        count, values = self._count(p, by), self._values(scheme, datasets)
         if fuse == 'average':
             values = values.mean(axis=0, keepdims=True)
         chosen = set.intersection(*(set(_first(row, sign, count, by)) for row in values))
         table = self._tables['neurons']
-        layers, numbers = table['layer'].tolist(), table['neuron'].tolist()
-        return Units(neurons=frozenset((layers[i], numbers[i]) for i in chosen))
+        return Units.of(table['name'].iloc[sorted(chosen)])
 
     def _count(self, p: float, by: str) -> int:
         if by not in ORDERS:
-            raise ValueError(f'by={by!r} is none of {ORDERS}')
+            raise ValueError(f'by must be one of {ORDERS}; got by={by!r}')
         if not 0 < p <= 100:
-            raise ValueError(f'p={p!r} is no percentage of the neurons above 0; for one in a hundred give 1')
+            raise ValueError(f'p must be a percentage above 0 and up to 100 (1 is one in a hundred); got p={p!r}')
         return max(1, round(len(self._tables['neurons']) * p / 100))
 
-    def _values(self, label: str, datasets: Sequence[str] | None) -> np.ndarray:
+    def _values(self, scheme: str, datasets: Sequence[str] | None) -> np.ndarray:
         """Returns [datasets, neurons]."""
-        if label not in LABELS:
-            raise ValueError(f'label={label!r} is none of {LABELS}')
+        if scheme not in SCHEMES:
+            raise ValueError(f'scheme must be one of {SCHEMES}; got scheme={scheme!r}')
         known = self._tables['datasets'][DATASET].tolist()
         names = known if datasets is None else [datasets] if isinstance(datasets, str) else list(datasets)
         unknown = [name for name in names if name not in known]
         if unknown or not names:
             raise ValueError(f'datasets={datasets!r} are not among {known}')
-        return np.stack([self._of_dataset(label, name) for name in names])
+        return np.stack([self._of_dataset(scheme, name) for name in names])
 
-    def _of_dataset(self, label: str, dataset: str) -> np.ndarray:
-        if label == 'relevance':
+    def _of_dataset(self, scheme: str, dataset: str) -> np.ndarray:
+        if scheme == 'relevance':
             return self._of_dataset('relevant', dataset) - self._of_dataset('non_relevant', dataset)
-        values = self._tables['neurons'][f'{dataset}.{label}'].to_numpy(dtype=np.float64)
+        values = self._tables['neurons'][f'{dataset}.{scheme}'].to_numpy(dtype=np.float64)
         if np.isnan(values).any():
             raise ValueError(
-                f'{dataset}.{label} has no pairs: attribute pairs of both labels, or choose another label or min_rel.'
+                f'{dataset}.{scheme} has no pairs: attribute pairs of both labels, or choose another scheme or min_rel.'
             )
         return values
 
