@@ -252,7 +252,7 @@ def test_families_without_a_fast_engine_say_so_once(caplog):
     with caplog.at_level(logging.INFO, logger='pyterrier_mech'):
         for _ in range(2):
             AblateHeads(model)(frame_of(2))
-    assert caplog.text.count('mpnet: no fast engine') == 1
+    assert caplog.text.count("no fast engine (the attention of 'mpnet'") == 1
 
 
 def test_equality_and_repr_by_value_and_reference():
