@@ -108,7 +108,7 @@ def sides(model, row, filler='a'):
     aligner, found = Aligner(model.maker, filler), []
     for tower in model.towers:
         one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
-        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), tuple(one.marked_types()), one.problem))
+        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
     return found
 
 

@@ -135,6 +135,11 @@ class Ranker(Stage):
         """Number of neurons in the feed-forward block of a layer."""
         return self.counts(NEURONS)[Site(NEURONS, layer)]
 
+    @property
+    def head_counts(self) -> list[int]:
+        """Number of attention heads of every layer."""
+        return list(self.counts(HEADS).values())
+
     def counts(self, kind: str) -> dict[Site, int]:
         """Returns how many 'heads' or 'neurons' every layer has.
 
