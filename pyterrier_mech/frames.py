@@ -136,7 +136,7 @@ def edited_columns(inp: pd.DataFrame, text: str) -> list[set[str]]:
         if 'query_0' in inp.columns:
             raise ValueError(
                 f"the frame has a column 'query_0' and no column {EDITED!r}, so it is unknown whether an edit or a "
-                "query rewriter changed the query: put Perturb(...) before this stage, or say it with "
+                'query rewriter changed the query: put Perturb(...) before this stage, or say it with '
                 f"frame.assign({EDITED}='query'), {EDITED}={text!r} or {EDITED}='query {text}'"
             )
         return [{text}] * len(inp)

@@ -99,6 +99,10 @@ class Stage(pt.Transformer):
                 kept[name] = key, make()
             return kept[name][1]
 
+    def kept(self, name: str, key: Any) -> bool:
+        """Whether `cached` has something under a name and key."""
+        return self.__dict__.get('_kept', (None, {}))[1].get(name, (None,))[0] == key
+
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Shows no parts in a drawn pipeline."""
         return {}

@@ -4,8 +4,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
-
-from pyterrier_mech.frames import with_columns
+from inside import with_columns
 
 
 def test_columns_come_at_the_end_and_replace_their_namesakes_without_a_warning():

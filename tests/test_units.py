@@ -2,12 +2,12 @@
 
 import pickle
 
+import inside
 import numpy as np
 import pytest
-from conftest import minilm_path, toy_cross_encoder
+from toys import minilm_path, toy_cross_encoder
 
-from pyterrier_mech import CrossEncoder
-from pyterrier_mech.patch import Units
+from pyterrier_mech import CrossEncoder, Units
 
 
 class WithUnits:
@@ -90,7 +90,7 @@ def test_a_unit_that_the_model_has_not_is_named_with_the_counts(unit, message):
 
 def test_heads_are_checked_without_loading_weights():
     model = CrossEncoder(minilm_path())
-    assert Units.of(['L5H11']).check(model).names == ['L5H11'] and model._loaded is None
+    assert Units.of(['L5H11']).check(model).names == ['L5H11'] and not inside.is_loaded(model)
 
 
 def test_random_sets_have_as_many_units_in_every_layer():

@@ -120,7 +120,7 @@ def print_checks(model, ranker, frame, device):
 
 def captum_conductance(ranker, row, steps=STEPS):
     """LayerConductance of the input of every layer's mlp_out, one layer a call: [layers, neurons]."""
-    encoder, maker = ranker.encoder, ranker.loaded.maker
+    encoder, maker = ranker.map, ranker.maker
     encoded = maker.tokenizer([row['query']], [row['text']], return_tensors='pt', truncation=True)
     owners = np.array([-1 if owner is None else owner for owner in encoded.sequence_ids(0)])
     given = {name: values.to(encoder.device) for name, values in encoded.items()}

@@ -118,7 +118,7 @@ def gemm_peak(model: CrossEncoder, device: str, dtype=torch.float32) -> float:
 
     The rate of a shape is a median: what can be kept up, not the luckiest moment.
     """
-    layer = model.encoder.layers[0]
+    layer = model.map.layers[0]
     shapes = {tuple(linear.weight.shape) for linear in (layer.attention_out, layer.mlp_in, layer.mlp_out)}
     best = 0.0
     for rows in (512, 1024, 2048, 4096):

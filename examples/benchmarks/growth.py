@@ -72,7 +72,7 @@ def main(model: str = 'ce-minilm-l6', pairs: int = 2000, device: str = 'cpu'):
         )
     print_table('Number of pairs', rows)
 
-    config = ranker.encoder.base.config
+    config = ranker.map.base.config
     size = (config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.intermediate_size)
     rows = []
     for words in (25, 50, 100, 200):

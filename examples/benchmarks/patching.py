@@ -27,7 +27,7 @@ WORKER = Path(__file__).with_name('mechir_worker.py')
 
 def align(model, frame):
     """The pairs as token ids of equal length: what every contestant is given."""
-    aligner = Aligner(model.loaded.maker)
+    aligner = Aligner(model.maker)
     ids = {name: model.tokenize('text', list(frame[name])) for name in ('query', 'text_0', 'text')}
     rows = range(len(frame))
     return [
@@ -49,7 +49,7 @@ def inputs_of(pair, side, device, width=None):
 def naive_hooks(model, pair, device):
     """One unpadded full forward a head, with hooks on the module: [heads] patched scores."""
     base, source = inputs_of(pair, 'original', device), inputs_of(pair, 'perturbed', device)
-    module, layers = model.encoder.module, model.encoder.layers
+    module, layers = model.map.module, model.map.layers
     z, scores = {}, []
     handles = [
         layer.attention_out.register_forward_pre_hook(lambda _, args, i=i: z.__setitem__(i, args[0]))
@@ -173,7 +173,7 @@ def print_ladder(ranker, stage, frame, aligned, device, repeats):
     rates, peaks = [], []
     for _ in range(repeats):
         # The best rate is measured right beside, since what the machine gives may change from minute to minute.
-        peaks.append(gemm_peak(ranker, device, next(ranker.encoder.module.parameters()).dtype))
+        peaks.append(gemm_peak(ranker, device, next(ranker.map.module.parameters()).dtype))
         rates.append(executed / seconds(lambda: stage(frame)))
     hardware = float(np.median(np.divide(rates, peaks)))
     print_table(
@@ -193,7 +193,7 @@ def print_ladder(ranker, stage, frame, aligned, device, repeats):
 def one_forward_flops(ranker, n):
     """8nd² + 4n²d + 4n·d·d_ff a layer."""
     total = 0
-    for layer in ranker.encoder.layers:
+    for layer in ranker.map.layers:
         d = layer.attention_out.out_features
         width = layer.n_heads * layer.head_dim
         total += 8 * n * d * width + 4 * n * n * width + 4 * n * d * layer.n_neurons

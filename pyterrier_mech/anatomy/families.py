@@ -32,8 +32,11 @@ class Family:
         norm_mlp: Path of the LayerNorm after (post-norm) or before (pre-norm) the feed-forward block.
         mlp_in: Path of the first linear map of the feed-forward block.
         activation: Path of the activation function.
-        gated: Whether the first linear map gives activation inputs and gates, in this order.
+        gated: Whether the feed-forward block is gated. The first linear map then gives activation inputs and gates, in
+            this order, unless the gates have a map of their own.
+        mlp_gate: Path of that map.
         norm_first: Whether the layers are pre-norm.
+        rotary_float32: Whether rotary positions are applied in float32, whatever the type of the weights.
         final_norm: Path of the LayerNorm after the last layer, from the base model, if there is one.
         positions_after_padding: Whether position numbers start behind the padding token's id.
     """
@@ -51,7 +54,9 @@ class Family:
     mlp_in: str = ''
     activation: str = ''
     gated: bool = False
+    mlp_gate: str = ''
     norm_first: bool = False
+    rotary_float32: bool = False
     final_norm: str = ''
     positions_after_padding: bool = False
 
@@ -164,6 +169,7 @@ register_family(
         activation='mlp.act',
         gated=True,
         norm_first=True,
+        rotary_float32=True,
         final_norm='final_norm',
     )
 )

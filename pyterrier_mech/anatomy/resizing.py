@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyterrier_mech.anatomy.encoder import Encoder, Layer
 from pyterrier_mech.anatomy.families import Family, family_of, known_types
+from pyterrier_mech.anatomy.layers import Layer
+from pyterrier_mech.anatomy.model import ModelMap
 
 # What Hugging Face attention modules call their number of heads and the width of all heads together.
 _COUNTS = ('num_attention_heads', 'n_heads')
@@ -49,8 +50,7 @@ def keep_units(module: Any, heads: Sequence[Sequence[int]], neurons: Sequence[Se
     """Removes all other heads and neurons from a module, in place.
 
     The projections of heads and the linear maps around neurons get smaller parameters, of the same type, on the same
-    device; the biases that follow them and the norms stay, as they would if the outputs were set to zero. A view on
-    the module (`Encoder`, `Ranker.loaded`) that was made before is out of date afterwards.
+    device; the biases that follow them and the norms stay, as they would if the outputs were set to zero.
 
     Args:
         module: An encoder, or an encoder with its classification head, that nothing else uses.
@@ -62,17 +62,17 @@ def keep_units(module: Any, heads: Sequence[Sequence[int]], neurons: Sequence[Se
             then as it was.
     """
     check_resizable(module.base_model.config.model_type)
-    encoder = Encoder(module)
-    heads = _checked('heads', heads, [layer.n_heads for layer in encoder.layers])
-    neurons = _checked('neurons', neurons, [layer.n_neurons for layer in encoder.layers])
-    for number, layer in enumerate(encoder.layers):
-        for part in (*layer.qkv_parts, layer.attention_out, layer.mlp_in, layer.mlp_out):
+    layers = ModelMap(module).layers
+    heads = _checked('heads', heads, [layer.n_heads for layer in layers])
+    neurons = _checked('neurons', neurons, [layer.n_neurons for layer in layers])
+    for number, layer in enumerate(layers):
+        for part in layer.linear_parts:
             if type(part) is not nn.Linear:
                 raise ValueError(
                     f'layer {number} has a {type(part).__name__} where a Linear was expected: '
                     'remove units before a module is quantised, adapted or parametrised'
                 )
-    for layer, kept_heads, kept_neurons in zip(encoder.layers, heads, neurons, strict=True):
+    for layer, kept_heads, kept_neurons in zip(layers, heads, neurons, strict=True):
         if len(kept_heads) < layer.n_heads:
             _keep_heads(layer, kept_heads)
         if len(kept_neurons) < layer.n_neurons:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,37 +11,31 @@ import pandas as pd
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from pyterrier_mech.anatomy.encoder import pool
-from pyterrier_mech.attribute.lines import Baseline, Line, check_baseline
+from pyterrier_mech.anatomy.model import EMBEDDINGS
+from pyterrier_mech.attribute.lines import Baseline, Line, check_baseline, lines
 from pyterrier_mech.attribute.path import Rule, integrate, not_finite
-from pyterrier_mech.attribute.points import GRAPH, embedding
+from pyterrier_mech.attribute.points import GRAPH
 from pyterrier_mech.attribute.relp import linearised
-from pyterrier_mech.attribute.stage import Attribution, row_names
-from pyterrier_mech.columns import head_name
-from pyterrier_mech.frames import with_columns
-from pyterrier_mech.inputs.alignment import Aligner, Alignment
-from pyterrier_mech.inputs.batching import in_batches
+from pyterrier_mech.frames import row_names, texts_of, two_versions, with_columns
+from pyterrier_mech.inputs.batching import collected
+from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
+from pyterrier_mech.patch.engine import traced
 from pyterrier_mech.patch.heads import PatchHeads
-from pyterrier_mech.patch.pairs import (
-    DIRECTIONS,
-    PATCHABLE,
-    Pairs,
-    chosen_heads,
-    float_type,
-    no_pairs,
-    noted,
-    two_versions,
-)
-from pyterrier_mech.patch.runs import Head, run_side, side_inputs
-from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.patch.pairs import DIRECTIONS, PATCHABLE, no_pairs, pair_columns, started
+from pyterrier_mech.provenance import Analysis
+from pyterrier_mech.rankers.ranker import as_numpy
+from pyterrier_mech.stage import Keeping, ModelStage, choice, units
+from pyterrier_mech.units import HEADS, Unit
 
 PAIRED = ('attribution_patching', 'trapezoid', 'relp')
 SINGLE = ('gradient', 'integrated_gradients')
 EXACT = '.exact'
+ERROR = 'completeness_error.heads'
 Tensors = list[torch.Tensor]
 
 
-class AttributeHeads(Attribution):
+@dataclass(eq=False, repr=False)
+class AttributeHeads(Keeping, ModelStage):
     """How much each attention head carries, by gradients: an estimate of `PatchHeads`, or a share of the score itself.
 
     z is the output of a head, z′ what it gives for the perturbed pair, s the score; products are summed over all
@@ -62,20 +57,21 @@ class AttributeHeads(Attribution):
 
     **Input columns**: qid, query, docno, text, and with a second text what `Perturb` wrote: text_0, query_0, or both.
 
-    **Output columns**: the same and one float column a head, `L{layer}H{head}`, in raw logits. With a second text also
-    `score_original`, `score_perturbed` and `patchable`, as `PatchHeads` writes them; otherwise `score_original`, and
-    for integrated gradients `completeness_error`. With `verify`, `L{layer}H{head}.exact` for the heads that were
-    patched too. The ranking is kept.
+    **Output columns**: the same and one float column a head, `L{layer}H{head}`, in raw logits; and `analysis`, which
+    says how they were made. With a second text also `score_original`, `score_perturbed` and `patchable`, as
+    `PatchHeads` writes them; otherwise `score_plain`, and for integrated gradients `completeness_error.heads`. With
+    `verify`, `L{layer}H{head}.exact` for the heads that were patched too. The ranking is kept.
 
     Args:
         model: A ranker.
         method: One of the above.
-        heads: The heads, as names ('L3H7') or (layer, head); by default all.
+        heads: The heads, as `Units.of` accepts them: names ('L3H7'), (layer, head), `Units`, a circuit; by default
+            all.
         direction: 'perturbed_to_original', or 'original_to_perturbed': the effect of the original's heads in the
             perturbed pair. With a second text only.
         filler: Token that stands where one side has none; see `PatchHeads`.
         baseline: Where integrated gradients begin; see `AttributeNeurons`.
-        steps: Their intervals.
+        points: Points of their grid, both ends included.
         verify: How many heads are patched exactly as well: those with the largest sum of absolute effects over
             the frame. See `agreement`.
         batch_tokens: Tokens of one batch, each counted four times for the memory of its graph; by default as the model
@@ -84,211 +80,182 @@ class AttributeHeads(Attribution):
         verbose: Shows a progress bar; by default as the model has it.
 
     Raises:
-        ValueError: If a setting is not known, a head does not exist, the method does not fit the family, or a gradient
+        TypeError: If the model is not a ranker.
+        ValueError: If a setting is not known, a head does not exist, the method does not fit the model, or a gradient
             is not finite.
 
     Source: attribution patching: Syed, Rager, Conmy 2023, arXiv 2310.10348; RelP: arXiv 2508.21258.
     """
 
-    def __init__(
-        self,
-        model: Ranker,
-        method: str = 'attribution_patching',
-        *,
-        heads: Sequence[str | Head] | None = None,
-        direction: str = 'perturbed_to_original',
-        filler: str | None = 'a',
-        baseline: Baseline = 'query',
-        steps: int = 16,
-        verify: int = 0,
-        batch_tokens: int | None = None,
-        text_field: str | None = None,
-        verbose: bool | None = None,
-    ):
-        """Stores the settings."""
-        super().__init__()
-        self.model = model
-        self.method = method
-        self.heads = heads
-        self.direction = direction
-        self.filler = filler
-        self.baseline = baseline
-        self.steps = steps
-        self.verify = verify
-        self.batch_tokens = batch_tokens
-        self.text_field = text_field
-        self.verbose = verbose
+    method: str = choice([*PAIRED, *SINGLE])
+    _: KW_ONLY
+    heads: Any = units([HEADS], default=None)
+    direction: str = choice(DIRECTIONS)
+    filler: str | None = 'a'
+    baseline: Baseline = 'query'
+    points: int = 17
+    verify: int = 0
+
+    def check(self) -> None:
+        """Checks the settings, before any work."""
+        super().check()
+        if self.points < 2:
+            raise ValueError(f'points must be 2 or more, for a grid has two ends; got {self.points}')
+        if self.verify < 0 or (self.verify and self.method in SINGLE):
+            raise ValueError(
+                f'verify must be 0 or more, and 0 for the methods {SINGLE}, which do not estimate what patching '
+                f'measures; got verify={self.verify} with method={self.method!r}'
+            )
+        check_baseline(self.baseline)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Attributes the score, or its change, of every row."""
-        self._check_settings()
+        self.check()
         if self.method in PAIRED:
             return self._verified(self._paired(inp))
-        self._fields(inp)
-        heads = chosen_heads(self.model, self.heads)
-        return with_columns(inp, (self._gradient if self.method == 'gradient' else self._integrated)(inp, heads))
+        texts_of(inp, self, self.text)
+        heads = self.chosen('heads')
+        columns = (self._gradient if self.method == 'gradient' else self._integrated)(inp, heads)
+        settings = {'baseline': str(self.baseline)} if self.method != 'gradient' else {}
+        return with_columns(inp, columns, self._analysis(heads, settings))
 
-    def _check_settings(self) -> None:
-        if self.method not in PAIRED + SINGLE:
-            raise ValueError(f'method={self.method!r} is none of {PAIRED + SINGLE}')
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f'direction={self.direction!r} is none of {DIRECTIONS}')
-        if self.steps < 1:
-            raise ValueError(f'steps={self.steps} leaves nothing to sum; use 1 or more')
-        if self.verify < 0 or (self.verify and self.method in SINGLE):
-            raise ValueError(
-                f'verify={self.verify} with method={self.method!r}: only {PAIRED} estimate what patching measures, '
-                'and the number of heads is 0 or more'
-            )
-        check_baseline(self.baseline)
+    def _analysis(self, heads: list[Unit], settings: dict[str, Any]) -> Analysis:
+        settings = {'method': self.method, **settings, 'model': repr(self.model)}
+        return Analysis('AttributeHeads', settings, [unit.name for unit in heads])
 
     # -- with a second text
 
     def _paired(self, inp: pd.DataFrame) -> pd.DataFrame:
-        original, perturbed = two_versions(inp, self, self._text)
-        heads = chosen_heads(self.model, self.heads)
-        names = [head_name(*head) for head in heads]
+        versions = two_versions(inp, self, self.text)
+        heads = self.chosen('heads')
+        names = [unit.name for unit in heads]
+        analysis = self._analysis(heads, {'direction': self.direction, 'effect': 'difference', 'filler': self.filler})
         if not len(inp):
-            return with_columns(inp, no_pairs(names))
-        pairs = Pairs(self.model, original, perturbed, self.filler)
-        table = pairs.table(len(heads))
+            return with_columns(inp, no_pairs(names), analysis)
+        inputs = Inputs.pairs(self.model, *versions, self.filler)
+        table = started(self.model, inputs, versions, len(heads))
+        if len(inputs.good):
+            values = self._run(
+                inputs.lengths[inputs.good], lambda rows: self._effects(inputs, inputs.good[rows], heads)
+            )
+            self._check_finite(inp, values, inputs.good)
+            table[:, inputs.good] = values
+        return with_columns(inp, pair_columns(table, inputs.problems, names), analysis)
 
-        def step(batch: np.ndarray) -> np.ndarray:
-            return self._effects(pairs.picked(batch), heads)
-
-        for rows, values in self._run(pairs.tokens(), step):
-            table[:, pairs.good[rows]] = values
-        self._check_finite(inp, table[:, pairs.good], pairs.good)
-        columns = pairs.columns(table) | dict(zip(names, table[2:], strict=True))
-        return noted(with_columns(inp, columns), self.direction)
-
-    def _effects(self, towers: list[list[Alignment]], heads: list[Head]) -> np.ndarray:
+    def _effects(self, inputs: Inputs, rows: np.ndarray, heads: list[Unit]) -> np.ndarray:
         """Returns [original score, perturbed score, heads…] x pairs."""
-        base, source = ('original', 'perturbed')[:: 1 if self.direction == DIRECTIONS[0] else -1]
-        score, z, gradients = self._with_gradients(towers, base, self.method == 'relp')
+        base, source = (ORIGINAL, PERTURBED)[:: 1 if self.direction == DIRECTIONS[0] else -1]
+        score, z, gradients = self._with_gradients(inputs, rows, base, self.method == 'relp')
         if self.method == 'trapezoid':
-            other, target, more = self._with_gradients(towers, source)
+            other, target, more = self._with_gradients(inputs, rows, source)
             gradients = [(g + h) / 2 for g, h in zip(gradients, more, strict=True)]
         else:
             with self.model.computing():
-                other, target = self._without_gradients(towers, source)
+                other, target = self._without_gradients(inputs, rows, source)
         products = [(b - a) * g for a, b, g in zip(z, target, gradients, strict=True)]
-        scores = [score, other] if base == 'original' else [other, score]
+        scores = [score, other] if base == ORIGINAL else [other, score]
         return as_numpy(torch.stack([*scores, *self._by_head(products, heads)]))
 
     def _verified(self, res: pd.DataFrame) -> pd.DataFrame:
         """Adds the exact effects of the strongest heads."""
         if not self.verify:
             return res
-        heads = chosen_heads(self.model, self.heads)
-        strength = np.nansum(np.abs(res[[head_name(*head) for head in heads]].to_numpy(dtype=np.float64)), axis=0)
+        heads = self.chosen('heads')
+        strength = np.nansum(np.abs(res[[unit.name for unit in heads]].to_numpy(dtype=np.float64)), axis=0)
         chosen = sorted(heads[i] for i in np.argsort(-strength, kind='stable')[: self.verify])
-        names = [head_name(*head) for head in chosen]
-        exact = PatchHeads(
-            self.model,
-            heads=chosen,
-            direction=self.direction,
-            filler=self.filler,
-            batch_tokens=self.batch_tokens,
-            text_field=self.text_field,
-            verbose=self.verbose,
-        )
+        shared = {
+            name: getattr(self, name) for name in ('direction', 'filler', 'batch_tokens', 'text_field', 'verbose')
+        }
         good = (res['patchable'] == PATCHABLE).to_numpy()
-        values = np.full((len(res), len(chosen)), np.nan, dtype=float_type(self.model) if len(res) else 'float32')
+        values = np.full((len(res), len(chosen)), np.nan, dtype=self.model.float_type if len(res) else 'float32')
         if good.any():
-            values[good] = exact.transform(res[good])[names].to_numpy()
-        return res.assign(**{name + EXACT: values[:, i] for i, name in enumerate(names)})
+            exact = PatchHeads(self.model, heads=chosen, **shared).transform(res[good])
+            values[good] = exact[[unit.name for unit in chosen]].to_numpy()
+        return res.assign(**{unit.name + EXACT: values[:, i] for i, unit in enumerate(chosen)})
 
     # -- without one
 
-    def _gradient(self, inp: pd.DataFrame, heads: list[Head]) -> dict[str, Any]:
+    def _gradient(self, inp: pd.DataFrame, heads: list[Unit]) -> dict[str, Any]:
         if not len(inp):
             return _no_scores(heads)
-        model, (queries, texts) = self.model, self._fields(inp)
-        aligner = Aligner(model.loaded.maker, None)
-        ids = {'query': model.tokenize('query', queries), 'text': model.tokenize('text', texts)}
-        towers = [[[ids[f].row(i) for f in fields] for i in range(len(inp))] for fields in model.towers]
-        inputs = [
-            [aligner.align(parts, parts, fields) for parts in tower]
-            for fields, tower in zip(model.towers, towers, strict=True)
-        ]
-        table = np.empty((1 + len(heads), len(inp)), dtype=float_type(model))
+        inputs = Inputs.plain(self.model, *texts_of(inp, self, self.text).values())
 
-        def step(batch: np.ndarray) -> np.ndarray:
-            score, z, gradients = self._with_gradients([[tower[row] for row in batch] for tower in inputs], 'original')
+        def step(rows: np.ndarray) -> np.ndarray:
+            score, z, gradients = self._with_gradients(inputs, rows, ORIGINAL)
             products = [a * g for a, g in zip(z, gradients, strict=True)]
             return as_numpy(torch.stack([score, *self._by_head(products, heads)]))
 
-        for rows, values in self._run(np.sum([list(map(len, tower)) for tower in inputs], axis=0), step):
-            table[:, rows] = values
+        table = self._run(inputs.lengths, step)
         self._check_finite(inp, table, np.arange(len(inp)))
         return _scores(table, heads)
 
-    def _integrated(self, inp: pd.DataFrame, heads: list[Head]) -> dict[str, Any]:
+    def _integrated(self, inp: pd.DataFrame, heads: list[Unit]) -> dict[str, Any]:
         if not len(inp):
-            return _no_scores(heads) | {'completeness_error': np.zeros(0, dtype=np.float32)}
-        table = np.empty((1 + len(heads), len(inp)), dtype=float_type(self.model))
-        errors = np.zeros(len(inp), dtype=float_type(self.model))
+            return _no_scores(heads) | {ERROR: np.zeros(0, dtype=np.float32)}
+        model = self.model
+        table = np.empty((1 + len(heads), len(inp)), dtype=model.float_type)
+        errors = np.zeros(len(inp), dtype=model.float_type)
 
         def reduce(line: Line, layers: Tensors) -> np.ndarray:
             values = self._by_head([layer[None] for layer in layers], heads)
             return as_numpy(torch.stack(values)[:, 0]) if values else np.zeros(0)  # a pruned model may have no heads
 
         for result in integrate(
-            self.model,
-            self._lines(inp, self.baseline),
-            site='heads',
-            rule=Rule('trapezoid', self.steps + 1, np.inf, self.steps + 1),
+            model,
+            lines(model, *texts_of(inp, self, self.text).values(), self.baseline, row_names(inp)),
+            site=HEADS,
+            rule=Rule('trapezoid', self.points, np.inf, self.points),
             reduce=reduce,
-            budget=self._budget(),
-            verbose=self._verbose,
+            budget=self.budget,
+            verbose=self.shows,
             desc='AttributeHeads',
         ):
             table[0, result.row], table[1:, result.row] = result.score, result.value
             errors[result.row] = result.error
-        return _scores(table, heads) | {'completeness_error': errors}
+        return _scores(table, heads) | {ERROR: errors}
 
     # -- runs
 
-    def _run(self, tokens: np.ndarray, step: Any) -> Any:
-        """Yields rows and what `step` makes of them, with gradients."""
+    def _run(self, tokens: np.ndarray, step: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Returns what `step` makes of all rows, with gradients."""
         with self.model.computing(gradients=True):
-            yield from in_batches(GRAPH * tokens, self._budget(), step, verbose=self._verbose, desc='AttributeHeads')
+            return collected(GRAPH * tokens, self.budget, step, verbose=self.shows, desc='AttributeHeads')
 
     def _with_gradients(
-        self, towers: list[list[Alignment]], side: str, relp: bool = False
+        self, inputs: Inputs, rows: np.ndarray, side: str, relp: bool = False
     ) -> tuple[torch.Tensor, Tensors, Tensors]:
         """Returns the scores [pairs], and z and ∂s/∂z of every tower and layer [pairs, tokens, heads·d_h]."""
-        model, encoder = self.model, self.model.encoder
+        model = self.model
         vectors, outputs = [], []
-        for tower in towers:
-            inputs = side_inputs(encoder, tower, side, model.loaded.maker.uses_segments)
+        for tower in range(len(inputs.towers)):
+            batch = inputs.batch(tower, rows, side)
             if relp:
                 with model.computing():
-                    trace = encoder.trace(inputs)
-                hidden, z = linearised(encoder, trace)
+                    run = traced(model.map, inputs, tower, rows, side)
+                hidden, z = linearised(model.map, run)
             else:
-                with embedding(encoder):
-                    trace = encoder.trace(inputs)
-                hidden, z = trace.hidden, trace.z
-            vectors.append(pool(hidden, inputs['attention_mask'], model.pooling_))
+                begin = {EMBEDDINGS: lambda words: words.detach().requires_grad_()}
+                run = model.map.run(batch, edits=begin, record=model.map.sites(HEADS))
+                hidden, z = run.hidden, list(run.values.values())
+            vectors.append(model.readout.represent(hidden, batch.scored))
             outputs.extend(z)
         scores = model.read(vectors)
         gradients = torch.autograd.grad(scores.sum(), outputs)
         return scores.detach(), [z.detach() for z in outputs], list(gradients)
 
-    def _without_gradients(self, towers: list[list[Alignment]], side: str) -> tuple[torch.Tensor, Tensors]:
+    def _without_gradients(self, inputs: Inputs, rows: np.ndarray, side: str) -> tuple[torch.Tensor, Tensors]:
         """Returns the scores [pairs] and z of every tower and layer."""
-        model = self.model
-        runs = [run_side(model.encoder, tower, side, model.loaded.maker.uses_segments) for tower in towers]
-        return model.read([run.pooled(model.pooling_) for run in runs]), [z for run in runs for z in run.trace.z]
+        model, sites = self.model, self.model.map.sites(HEADS)
+        runs = [model.map.run(inputs.batch(i, rows, side), record=sites) for i in range(len(inputs.towers))]
+        vectors = [model.readout.represent(run.hidden, run.batch.scored) for run in runs]
+        return model.read(vectors), [run.values[site] for run in runs for site in sites]
 
-    def _by_head(self, products: Tensors, heads: list[Head]) -> Tensors:
+    def _by_head(self, products: Tensors, heads: list[Unit]) -> Tensors:
         """Sums [pairs, tokens, heads·d_h] of every tower and layer to one [pairs] a head."""
-        layers = self.model.encoder.layers
+        layers = self.model.map.layers
         sums = [layer.float().sum(1) if layer.element_size() < 4 else layer.sum(1) for layer in products]
         by_layer = [torch.stack(sums[i :: len(layers)]).sum(0) for i in range(len(layers))]
-        return [by_layer[layer][:, layers[layer].columns(head)].sum(1) for layer, head in heads]
+        return [by_layer[site.layer][:, layers[site.layer].columns(number)].sum(1) for site, number in heads]
 
     def _check_finite(self, inp: pd.DataFrame, table: np.ndarray, rows: np.ndarray) -> None:
         bad = rows[~np.isfinite(table).all(axis=0)]
@@ -322,9 +289,9 @@ def agreement(frame: pd.DataFrame) -> dict[str, float]:
     return result
 
 
-def _scores(table: np.ndarray, heads: list[Head]) -> dict[str, Any]:
-    return {'score_original': table[0], **{head_name(*head): table[1 + i] for i, head in enumerate(heads)}}
+def _scores(table: np.ndarray, heads: list[Unit]) -> dict[str, Any]:
+    return {'score_plain': table[0], **{unit.name: table[1 + i] for i, unit in enumerate(heads)}}
 
 
-def _no_scores(heads: list[Head]) -> dict[str, Any]:
+def _no_scores(heads: list[Unit]) -> dict[str, Any]:
     return _scores(np.zeros((1 + len(heads), 0), dtype=np.float32), heads)

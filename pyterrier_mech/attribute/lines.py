@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyterrier_mech.inputs.alignment import Aligner, Alignment
-from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.inputs.inputs import Inputs, Tower
 
 Baseline = str | np.ndarray | Sequence[int] | Callable[[np.ndarray], Any]
 
@@ -22,27 +21,39 @@ class Line:
     """The line of one row. Positions, segments and the attention mask are those of the input at every point.
 
     Attributes:
-        alignment: The input, aligned with itself: ids, segments and the type of every position.
+        inputs: The inputs of all rows.
+        row: Which row.
         baseline: Token ids where the line begins [tokens].
         tower: Which tower of the ranker moves.
         others: Vectors [d] of the other towers, which stay as they are.
         name: What an error calls the row.
     """
 
-    alignment: Alignment
+    inputs: Inputs
+    row: int
     baseline: np.ndarray
     tower: int
     others: tuple[torch.Tensor, ...]
     name: str
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids of the input [tokens]."""
+        return self.inputs.towers[self.tower].ids(self.row)
+
+    @property
+    def types(self) -> np.ndarray:
+        """Type of every position [tokens]."""
+        return np.asarray(self.inputs.towers[self.tower].types(self.row))
+
     def __len__(self) -> int:
         """Number of tokens."""
-        return len(self.alignment)
+        return len(self.baseline)
 
     @property
     def constant(self) -> bool:
         """Whether the baseline is the input."""
-        return np.array_equal(self.baseline, self.alignment.original)
+        return np.array_equal(self.baseline, self.ids)
 
 
 def check_baseline(baseline: Any) -> None:
@@ -54,19 +65,19 @@ def check_baseline(baseline: Any) -> None:
     """
     if isinstance(baseline, str):
         if baseline not in BASELINES:
-            raise ValueError(f'baseline={baseline!r} is none of {BASELINES}, nor token ids or a function of them')
+            raise ValueError(f'baseline must be one of {BASELINES}, token ids, or a function of them; got {baseline!r}')
     elif not callable(baseline) and np.ndim(baseline) != 1:
-        raise TypeError(f'baseline={baseline!r} is neither one of {BASELINES} nor token ids nor a function of them')
+        raise TypeError(f'baseline must be one of {BASELINES}, token ids, or a function of them; got {baseline!r}')
 
 
-def moving_tower(model: Ranker, baseline: Baseline) -> int:
+def moving_tower(model: Any, baseline: Baseline) -> int:
     """Returns which tower the baseline is of: the query's for 'query', the text's for every other."""
     field = 'query' if isinstance(baseline, str) and baseline == 'query' else 'text'
     return next(i for i, fields in enumerate(model.towers) if field in fields)
 
 
 def lines(
-    model: Ranker, queries: Sequence[str], texts: Sequence[str], baseline: Baseline, names: Sequence[str]
+    model: Any, queries: Sequence[str], texts: Sequence[str], baseline: Baseline, names: Sequence[str]
 ) -> list[Line]:
     """Returns the line of every row.
 
@@ -83,30 +94,24 @@ def lines(
     """
     tower = moving_tower(model, baseline)
     values = {'query': queries, 'text': texts}
-    aligner = Aligner(model.loaded.maker, None)
-    ids = {field: model.tokenize(field, values[field]) for field in ('query', *model.towers[tower])}
+    inputs = Inputs.plain(model, queries, texts, types=True)
     with model.computing():
-        others = [
-            model.vectors(fields[0], values[fields[0]])  # type: ignore[attr-defined]
-            for i, fields in enumerate(model.towers)
-            if i != tower
-        ]
+        others = [model.vectors(fields[0], values[fields[0]]) for i, fields in enumerate(model.towers) if i != tower]
     result = []
     for row, name in enumerate(names):
-        parts = [ids[field].row(row) for field in model.towers[tower]]
-        alignment = aligner.align(parts, parts, model.towers[tower], query=ids['query'].row(row))
-        start = _baseline_ids(model, alignment, baseline, name)
-        result.append(Line(alignment, start, tower, tuple(vectors[row] for vectors in others), name))
+        still = tuple(vectors[row] for vectors in others)
+        start = _baseline_ids(model, inputs.towers[tower], row, baseline, name)
+        result.append(Line(inputs, row, start, tower, still, name))
     return result
 
 
-def _baseline_ids(model: Ranker, alignment: Alignment, baseline: Baseline, name: str) -> np.ndarray:
-    ids = alignment.original
+def _baseline_ids(model: Any, tower: Tower, row: int, baseline: Baseline, name: str) -> np.ndarray:
+    ids = tower.ids(row)
     if isinstance(baseline, str):
-        pad = model.loaded.maker.tokenizer.pad_token_id
+        pad = model.maker.tokenizer.pad_token_id
         if pad is None:
             raise ValueError(f'baseline={baseline!r} needs a padding token, which this tokenizer has not: give ids')
-        types = np.asarray(alignment.types)
+        types = np.asarray(tower.types(row))
         moves = types == 'query' if baseline == 'query' else ~np.isin(types, ['cls', 'sep'])
         return np.where(moves, pad, ids)
     given = np.asarray(baseline(ids.copy()) if callable(baseline) else baseline)
@@ -115,7 +120,7 @@ def _baseline_ids(model: Ranker, alignment: Alignment, baseline: Baseline, name:
             f'{name}: the baseline has shape {given.shape} but the input has {len(ids)} tokens, special tokens '
             'included: give one id a token, e.g. by a function of the input ids'
         )
-    size = model.encoder.base.get_input_embeddings().weight.shape[0]
+    size = model.map.base.get_input_embeddings().weight.shape[0]
     if given.dtype.kind not in 'iu' or given.min() < 0 or given.max() >= size:
         raise ValueError(
             f'{name}: the baseline {given[:5]}… is not made of token ids, whole numbers from 0 to {size - 1}'

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from pyterrier_mech.attribute.lines import Line
-from pyterrier_mech.attribute.points import GRAPH, Batch, Node, Values
+from pyterrier_mech.attribute.lines import Baseline, Line, check_baseline, lines
+from pyterrier_mech.attribute.points import GRAPH, Node, Points, Values
+from pyterrier_mech.frames import row_names, texts_of
 from pyterrier_mech.inputs.batching import Budget, in_batches
-from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.stage import Keeping, ModelStage, choice
 
 _T = TypeVar('_T')
 Reduce = Callable[[Line, list[torch.Tensor]], _T]
@@ -53,13 +55,13 @@ class Rule:
             ValueError: If one is unknown or out of range.
         """
         if self.name not in RULES:
-            raise ValueError(f'rule={self.name!r} is none of {RULES}')
+            raise ValueError(f'rule must be one of {RULES}; got {self.name!r}')
         if self.points < 2:
-            raise ValueError(f'points={self.points} makes no grid with two ends; use 2 or more')
+            raise ValueError(f'points must be 2 or more, for a grid has two ends; got {self.points}')
         if self.name == 'trapezoid' and self.max_points < self.points:
-            raise ValueError(f'max_points={self.max_points} is below points={self.points}')
+            raise ValueError(f'max_points must not be below points={self.points}; got {self.max_points}')
         if not self.tolerance > 0:
-            raise ValueError(f'tolerance={self.tolerance} is not positive; use e.g. 0.05')
+            raise ValueError(f'tolerance must be positive, e.g. 0.05; got {self.tolerance}')
 
     def first(self) -> np.ndarray:
         """Returns the points of the first grid."""
@@ -134,14 +136,16 @@ class _Walk:
             return 0.0
         scores = np.asarray([node.score for node in self.nodes])
         whole = scores[-1] - scores[0]
-        scale = max(abs(whole), 0.1 * float(np.abs(np.diff(scores)).sum()))
+        # A change below the precision of the scores is none: it must not be divided by.
+        rounding = float(torch.finfo(self.nodes[0].sites[0][0].dtype).eps * np.abs(scores).max())
+        scale = max(abs(whole), 0.1 * float(np.abs(np.diff(scores)).sum()), rounding)
         sums = [float(total.sum()) for total in self.integrals(rule, 'cuts' if self.nodes[0].cuts else 'sites')]
         worst = max(abs(total - whole) for total in sums)
-        return worst / scale if worst else 0.0
+        return worst / scale if worst > 0 else worst
 
 
 def integrate(
-    model: Ranker,
+    model: Any,
     lines: Sequence[Line],
     *,
     site: str,
@@ -182,7 +186,7 @@ def integrate(
 
     def step(rows: np.ndarray) -> list[Integral[_T]]:
         walks = [_Walk(int(row), place, lines[row], alphas) for place, row in enumerate(rows)]
-        batch = Batch(model, [walk.line for walk in walks], site, budget)
+        batch = Points(model, [walk.line for walk in walks], site, budget)
         nodes = batch.evaluate([place for walk in walks for place in walk.places(alphas)])
         for walk in walks:
             walk.nodes = [next(nodes) for _ in alphas]
@@ -195,7 +199,7 @@ def integrate(
             yield from results
 
 
-def _finish(walks: Sequence[_Walk], batch: Batch, rule: Rule, reduce: Reduce[_T]) -> Iterator[Integral[_T]]:
+def _finish(walks: Sequence[_Walk], batch: Points, rule: Rule, reduce: Reduce[_T]) -> Iterator[Integral[_T]]:
     """Closes the rows that are within the tolerance and halves the intervals of the others, some rows at a time."""
     unfinished = []
     for walk in walks:
@@ -215,14 +219,45 @@ def _finish(walks: Sequence[_Walk], batch: Batch, rule: Rule, reduce: Reduce[_T]
         yield from _finish(some, batch, rule, reduce)
 
 
-def _close(walk: _Walk, error: float, model: Ranker, rule: Rule, reduce: Reduce[_T]) -> Integral[_T]:
+def _close(walk: _Walk, error: float, model: Any, rule: Rule, reduce: Reduce[_T]) -> Integral[_T]:
     integrals = [F.pad(total, (0, 0, 0, len(walk.line) - len(total))) for total in walk.integrals(rule, 'sites')]
     if not np.isfinite(error) or not all(bool(total.isfinite().all()) for total in integrals):
         raise not_finite([walk.line.name], model)
     return Integral(walk.row, reduce(walk.line, integrals), error, walk.nodes[-1].score)
 
 
-def not_finite(names: Sequence[str], model: Ranker) -> ValueError:
+@dataclass(eq=False, repr=False)
+class Integrating(Keeping, ModelStage):
+    """What the stages share that walk lines until the completeness error is small."""
+
+    _: KW_ONLY
+    baseline: Baseline = 'query'
+    rule: str = choice(RULES)
+    points: int = 9
+    tolerance: float = 0.05
+    max_points: int = 257
+
+    def check(self) -> None:
+        """Checks the settings, before any work."""
+        super().check()
+        self.grid.check()
+        check_baseline(self.baseline)
+
+    @property
+    def grid(self) -> Rule:
+        """Where lines are evaluated."""
+        return Rule(self.rule, self.points, self.tolerance, self.max_points)
+
+    def lines(self, inp: pd.DataFrame) -> list[Line]:
+        """Returns the line of every row, from its baseline to its input."""
+        return lines(self.model, *texts_of(inp, self, self.text).values(), self.baseline, row_names(inp))
+
+    def walking(self) -> dict[str, Any]:
+        """Returns the arguments of `integrate` that follow from the settings."""
+        return {'rule': self.grid, 'budget': self.budget, 'verbose': self.shows, 'desc': type(self).__name__}
+
+
+def not_finite(names: Sequence[str], model: Any) -> ValueError:
     """Returns the error for rows whose scores or gradients are not finite."""
     return ValueError(
         f'{len(names)} rows have scores or gradients that are not finite ({", ".join(names[:3])}): {model!r} has '
@@ -237,6 +272,6 @@ def warn_of(errors: np.ndarray, rule: Rule) -> None:
         way_out = 'raise max_points' if rule.name == 'trapezoid' else "use rule='trapezoid' or more points"
         warnings.warn(
             f'{above} of {len(errors)} rows have a completeness error above tolerance={rule.tolerance}, at most '
-            f'{errors.max():.3g}; {way_out}, or see the completeness_error column',
+            f'{errors.max():.3g}; {way_out}, or see the column of completeness errors',
             stacklevel=3,
         )

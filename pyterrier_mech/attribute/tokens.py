@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pyterrier_mech.attribute.lines import Baseline, Line, check_baseline, moving_tower
-from pyterrier_mech.attribute.path import Rule, integrate, warn_of
-from pyterrier_mech.attribute.stage import Attribution
-from pyterrier_mech.patch.pairs import float_type
-from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.anatomy.model import EMBEDDINGS
+from pyterrier_mech.attribute.lines import Baseline, Line, moving_tower
+from pyterrier_mech.attribute.path import Integrating, integrate, warn_of
+from pyterrier_mech.frames import Fields, texts_of, with_columns
+from pyterrier_mech.rankers.ranker import as_numpy
+
+ERROR = 'completeness_error.tokens'
 
 
-class AttributeTokens(Attribution):
+@dataclass(eq=False, repr=False)
+class AttributeTokens(Integrating):
     """How much of the score comes from every word of the input: integrated gradients of its word embeddings.
 
     The effect of a token is the integral of the gradient with respect to its word embedding along the straight line
@@ -27,8 +31,8 @@ class AttributeTokens(Attribution):
 
     **Output columns**: the same and `tokens`, the words as they stand in query and text, in the order of the input and
     with the special tokens; `token_effects`, an array [words] (float32, or float64 for a float64 model, in units of the
-    score); and `completeness_error`: the difference between their sum and s(x) − s(baseline), relative to the latter or
-    to a tenth of the score's whole way along the line if that is more. The ranking is kept.
+    score); and `completeness_error.tokens`: the difference between their sum and s(x) − s(baseline), relative to the
+    latter or to a tenth of the score's whole way along the line if that is more. The ranking is kept.
 
     Args:
         model: A ranker.
@@ -38,7 +42,7 @@ class AttributeTokens(Attribution):
             the words are those of the tower that moves.
         rule: 'trapezoid' on a uniform grid with both ends, or 'left' (see `AttributeNeurons`).
         points: Points of the first grid.
-        tolerance: Intervals are halved, row by row, until `completeness_error` is not above this.
+        tolerance: Intervals are halved, row by row, until the completeness error is not above this.
         max_points: No row gets more points. A warning counts the rows that would need them.
         batch_tokens: Tokens of one batch, over all points, each counted four times for the memory of its graph; by
             default as the model has it.
@@ -51,72 +55,39 @@ class AttributeTokens(Attribution):
     Source: Sundararajan, Taly, Yan, ICML 2017, arXiv 1703.01365.
     """
 
-    def __init__(
-        self,
-        model: Ranker,
-        *,
-        baseline: Baseline = 'all',
-        rule: str = 'trapezoid',
-        points: int = 9,
-        tolerance: float = 0.05,
-        max_points: int = 257,
-        batch_tokens: int | None = None,
-        text_field: str | None = None,
-        verbose: bool | None = None,
-    ):
-        """Stores the settings."""
-        super().__init__()
-        self.model = model
-        self.baseline = baseline
-        self.rule = rule
-        self.points = points
-        self.tolerance = tolerance
-        self.max_points = max_points
-        self.batch_tokens = batch_tokens
-        self.text_field = text_field
-        self.verbose = verbose
+    _: KW_ONLY
+    baseline: Baseline = 'all'
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Attributes the score of every row."""
-        rule = Rule(self.rule, self.points, self.tolerance, self.max_points)
-        rule.check()
-        check_baseline(self.baseline)
-        queries, texts = self._fields(inp)
+        self.check()
+        fields = texts_of(inp, self, self.text)
         if not len(inp):
             none = np.zeros(0, dtype=object)
-            return inp.assign(tokens=none, token_effects=none, completeness_error=np.zeros(0, dtype=np.float32))
-        return inp.assign(**self._attribute(inp, rule, {'query': queries, 'text': texts}))
+            return with_columns(inp, {'tokens': none, 'token_effects': none, ERROR: np.zeros(0, dtype=np.float32)})
+        return with_columns(inp, self._attribute(inp, fields))
 
-    def _attribute(self, inp: pd.DataFrame, rule: Rule, values: dict[str, list[str]]) -> dict[str, Any]:
-        lines = self._lines(inp, self.baseline)
-        fields = self.model.towers[moving_tower(self.model, self.baseline)]
-        dtype = float_type(self.model)
-        errors = np.zeros(len(inp), dtype=dtype)
+    def _attribute(self, inp: pd.DataFrame, values: Fields) -> dict[str, Any]:
+        model = self.model
+        lines = self.lines(inp)
+        fields = model.towers[moving_tower(model, self.baseline)]
+        errors = np.zeros(len(inp), dtype=model.float_type)
         words: list[list[str]] = [[] for _ in lines]
         effects: list[Any] = [None] * len(lines)
 
         def reduce(line: Line, layers: list[torch.Tensor]) -> np.ndarray:
-            return as_numpy(layers[0].sum(-1)).astype(dtype)
+            return as_numpy(layers[0].sum(-1)).astype(model.float_type)
 
-        for result in integrate(
-            self.model,
-            lines,
-            site='embeddings',
-            rule=rule,
-            reduce=reduce,
-            budget=self._budget(),
-            verbose=self._verbose,
-            desc='AttributeTokens',
-        ):
+        for result in integrate(model, lines, site=EMBEDDINGS.kind, reduce=reduce, **self.walking()):
             row = result.row
             errors[row] = result.error
-            words[row], starts = merged(self.model, {field: values[field][row] for field in fields}, len(lines[row]))
+            words[row], starts = merged(model, {field: values[field][row] for field in fields}, len(lines[row]))
             effects[row] = np.add.reduceat(result.value, starts)
-        warn_of(errors, rule)
-        return {'tokens': words, 'token_effects': effects, 'completeness_error': errors}
+        warn_of(errors, self.grid)
+        return {'tokens': words, 'token_effects': effects, ERROR: errors}
 
 
-def merged(model: Ranker, texts: dict[str, str], length: int) -> tuple[list[str], list[int]]:
+def merged(model: Any, texts: dict[str, str], length: int) -> tuple[list[str], list[int]]:
     """Returns the words of one tower's input and the position where each begins, special tokens included.
 
     Words are what the tokenizer splits before it splits words, cut out of the text; a truncated word ends where the
@@ -127,9 +98,8 @@ def merged(model: Ranker, texts: dict[str, str], length: int) -> tuple[list[str]
         texts: Query and text, or the one that the tower reads.
         length: Tokens of the input.
     """
-    maker = model.loaded.maker
-    prefixes = getattr(model, 'prefixes_', {})
-    whole = [prefixes.get(field, '') + text for field, text in texts.items()]
+    maker = model.maker
+    whole = [model.prepared(field, text) for field, text in texts.items()]
     parts = [_pieces(maker.tokenizer, text) for text in whole]
     kept = [int(k[0]) for k in maker.kept([np.asarray([len(part)]) for part in parts])]
     words: list[str] = []

@@ -10,19 +10,21 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_mech.circuits.ablation import ablated_scores
-from pyterrier_mech.evaluation.stats import bootstrap_by_query
+from pyterrier_mech.evaluation.bootstrap import ratio_of_sums
+from pyterrier_mech.frames import Fields, two_versions
+from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.heads import PatchHeads
-from pyterrier_mech.patch.interventions import check_value
-from pyterrier_mech.patch.pairs import Pairs, two_versions
-from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.patch.pairs import reasons
+from pyterrier_mech.patch.replacement import check_value
+from pyterrier_mech.provenance import as_qids
 from pyterrier_mech.results.circuit import Circuit
-from pyterrier_mech.units import Units
+from pyterrier_mech.units import HEADS, Units
 
 CIRCUIT, RANDOM = 'circuit', 'random'
 
 
 def faithfulness(
-    model: Ranker,
+    model: Any,
     circuit: Circuit,
     frame: pd.DataFrame,
     *,
@@ -80,19 +82,19 @@ def faithfulness(
     _check(circuit, frame, n_random)
     check_value(value, reference, text)
     circuit.units.check(model)
-    pairs = _pairs(model, frame, text, filler)
+    original, pairs = _pairs(model, frame, text, filler)
     sizes = _default_sizes(circuit) if sizes is None else list(sizes)
-    kinds = [kind for kind in ('heads', 'neurons') if getattr(circuit.units, kind)] or ['heads']
-    every = Units(**{kind: getattr(Units.all(model), kind) for kind in kinds})
+    every = Units.all(model, sorted({unit.site.kind for unit in circuit.units}) or [HEADS])
     rows, inside = _sets(model, circuit, sizes, n_random, seed)
 
     # Each set once: all random sets of size 0 are the same one.
     sets = list(dict.fromkeys([Units(), *inside, *(every - units for units in inside)]))
-    scores = ablated_scores(model, pairs, sets, value, reference, seed, text)
+    scores = ablated_scores(model, pairs, original, sets, value, reference, seed, text)
     changes = dict(zip(sets, np.asarray(scores[:, 1] - scores[:, 0], dtype=np.float64), strict=True))
     remaining = np.stack([changes[every - units] for units in inside] + [changes[units] for units in inside])
     qids = frame['qid'].astype(str).to_numpy()[pairs.good]
-    shares, low, high = _shares(remaining, changes[Units()], qids, confidence, n_resamples, seed)
+    options = {'confidence': confidence, 'n_resamples': n_resamples, 'seed': seed}
+    shares, low, high, *_ = ratio_of_sums(remaining.T, changes[Units()], qids, **options)
     n = len(inside)
     return pd.DataFrame(rows).assign(
         faithfulness=shares[:n],
@@ -112,11 +114,11 @@ def faithfulness(
 def _check(circuit: Any, frame: pd.DataFrame, n_random: int) -> None:
     if not isinstance(circuit, Circuit):
         raise TypeError(
-            f'circuit={circuit!r} is no Circuit: use discover_circuit(effects) or Circuit.from_units(units)'
+            f'circuit must be a Circuit; got {circuit!r}: use discover_circuit(effects) or Circuit.from_units(units)'
         )
     if n_random < 0:
-        raise ValueError(f'n_random={n_random!r} is no number of random sets; use 0 or more')
-    shared = sorted(set(frame['qid'].astype(str)) & set(circuit.qids)) if 'qid' in frame.columns else []
+        raise ValueError(f'n_random must be 0 or more; got {n_random!r}')
+    shared = sorted(as_qids(frame['qid']) & as_qids(circuit.qids)) if 'qid' in frame.columns else []
     if shared:
         raise ValueError(
             f'The circuit was found on {len(shared)} of the queries that it is judged on (first: {shared[0]!r}), which '
@@ -124,20 +126,21 @@ def _check(circuit: Any, frame: pd.DataFrame, n_random: int) -> None:
         )
 
 
-def _pairs(model: Ranker, frame: pd.DataFrame, text: str, filler: str | None) -> Pairs:
+def _pairs(model: Any, frame: pd.DataFrame, text: str, filler: str | None) -> tuple[Fields, Inputs]:
     # Pairs are read, and refused, as by PatchHeads.
-    versions = two_versions(frame, PatchHeads(model, heads=[]), text)
+    original, perturbed = two_versions(frame, PatchHeads(model, heads=[]), text)
     if not len(frame):
         raise ValueError('The frame has no rows: give pairs of queries that the circuit was not found on')
-    pairs = Pairs(model, *versions, filler)
-    reasons = pd.Series([problem for problem in pairs.problems if problem], dtype=object).value_counts().to_dict()
-    if not len(pairs.good):
+    inputs = Inputs.pairs(model, original, perturbed, filler)
+    if not len(inputs.good):
         raise ValueError(
-            f'None of the {len(frame)} rows can be patched ({reasons}): see the patchable column of PatchHeads'
+            f'None of the {len(frame)} rows can be patched ({reasons(inputs)}): see the patchable column of PatchHeads'
         )
-    if len(pairs.rest):
-        warnings.warn(f'{len(pairs.rest)} of {len(frame)} rows cannot be patched ({reasons}); left out', stacklevel=3)
-    return pairs
+    if len(inputs.rest):
+        warnings.warn(
+            f'{len(inputs.rest)} of {len(frame)} rows cannot be patched ({reasons(inputs)}); left out', stacklevel=3
+        )
+    return original, inputs
 
 
 def _default_sizes(circuit: Circuit) -> list[int]:
@@ -146,7 +149,7 @@ def _default_sizes(circuit: Circuit) -> list[int]:
 
 
 def _sets(
-    model: Ranker, circuit: Circuit, sizes: Sequence[int], n_random: int, seed: int
+    model: Any, circuit: Circuit, sizes: Sequence[int], n_random: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[Units]]:
     """Returns size, kind and draw of every set, and the sets."""
     rows: list[dict[str, Any]] = []
@@ -159,21 +162,3 @@ def _sets(
             rows.append({'size': size, 'kind': RANDOM, 'draw': draw})
             sets.append(Units.random(part, model, seed + draw))
     return rows, sets
-
-
-def _shares(
-    remaining: np.ndarray, whole: np.ndarray, qids: np.ndarray, confidence: float, n_resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns Σ remaining / Σ whole of every set and its interval, from [sets, rows] and [rows]."""
-    order = np.argsort(qids, kind='stable')
-    starts = np.flatnonzero(np.r_[True, qids[order][1:] != qids[order][:-1]])
-    per_row = (remaining.T[order], whole[order, None], np.abs(whole)[order, None])
-    sums = [np.add.reduceat(values, starts, axis=0) for values in per_row]
-
-    def ratio(part: np.ndarray, total: np.ndarray, size: np.ndarray) -> np.ndarray:
-        with np.errstate(divide='ignore', invalid='ignore'):
-            # Changes that cancel: in floats, 0.1 + 0.2 - 0.3 is not 0.
-            return np.where(np.abs(total) <= 1e-12 * size, np.nan, part / total)
-
-    interval = bootstrap_by_query(ratio, *sums, confidence=confidence, n_resamples=n_resamples, seed=seed)
-    return ratio(*(values.sum(axis=0) for values in sums)), interval.low, interval.high

@@ -7,21 +7,22 @@ the model's own queries and keys, so that the model runs as it was loaded.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pyterrier_mech.anatomy.encoder import Context, Layer, rotate
-from pyterrier_mech.attribute.stage import Attribution
-from pyterrier_mech.columns import head_name
-from pyterrier_mech.frames import require, strings
+from pyterrier_mech.anatomy.layers import Context, Layer
+from pyterrier_mech.frames import texts_of, with_columns
+from pyterrier_mech.inputs.alignment import TYPES
 from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.patch.interventions import TYPES, PlainInputs
-from pyterrier_mech.patch.pairs import float_type
-from pyterrier_mech.patch.runs import run_side
-from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.inputs.inputs import Inputs
+from pyterrier_mech.patch.engine import traced
+from pyterrier_mech.rankers.ranker import as_numpy
+from pyterrier_mech.stage import Keeping, ModelStage
+from pyterrier_mech.units import HEADS, Site, head
 
 FLOWS = (
     'query_to_query',
@@ -50,7 +51,8 @@ _ROLE_OF = {
 }
 
 
-class AttentionShares(Attribution):
+@dataclass(eq=False, repr=False)
+class AttentionShares(Keeping, ModelStage):
     """Where every attention head looks: the shares of its attention mass between kinds of tokens.
 
     Each token of a row spreads a mass of one over all tokens. The seven flows divide the mass of all of them: from and
@@ -75,85 +77,57 @@ class AttentionShares(Attribution):
         ValueError: If the model reads query and text apart, or its family's attention is not described.
     """
 
-    def __init__(
-        self,
-        model: Ranker,
-        *,
-        batch_tokens: int | None = None,
-        text_field: str | None = None,
-        verbose: bool | None = None,
-    ):
-        """Stores the settings."""
-        super().__init__()
-        self.model = model
-        self.batch_tokens = batch_tokens
-        self.text_field = text_field
-        self.verbose = verbose
-
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Measures the shares of every row."""
+        self.check()
         if len(self.model.towers) > 1:
             raise ValueError(
                 f'{self.model!r} reads query and text apart, so none looks at the other: AttentionShares needs a '
                 'ranker that reads them together, such as CrossEncoder'
             )
-        require(inp, self, ['query', self._text])
-        queries, texts = strings(inp, 'query', self), strings(inp, self._text, self)
+        fields = texts_of(inp, self, self.text)
         if not len(inp):
             shares = {SHARE + flow: np.zeros(0, dtype=object) for flow in FLOWS}
-            return inp.assign(**shares, **{EXPECTED + flow: np.zeros(0) for flow in FLOWS})
-        check_described(self.model)
-        inputs = PlainInputs.of(self.model, queries, texts)
-        columns: dict[str, Any] = {**self._shares(inputs), **_expected(inputs)}
-        return inp.assign(**columns)
+            return with_columns(inp, {**shares, **{EXPECTED + flow: np.zeros(0) for flow in FLOWS}})
+        inputs = Inputs.plain(self.model, *fields.values(), types=True)
+        return with_columns(inp, {**self._shares(inputs), **_expected(inputs)})
 
-    def _shares(self, inputs: PlainInputs) -> dict[str, list[np.ndarray]]:
+    def _shares(self, inputs: Inputs) -> dict[str, list[np.ndarray]]:
         model = self.model
-        shape = (len(FLOWS), len(inputs.lengths), model.n_layers, max(model.head_counts, default=0))
-        values = np.full(shape, np.nan, dtype=float_type(model))
+        check_plain(model)
+        counts = list(model.counts(HEADS).values())
+        shape = (len(FLOWS), len(inputs), len(counts), max(counts, default=0))
+        values = np.full(shape, np.nan, dtype=model.float_type)
 
         def step(rows: np.ndarray) -> list[np.ndarray]:
-            groups = torch.from_numpy(_groups(inputs, rows)).to(model.encoder.device)
-            run = run_side(
-                model.encoder, [inputs.towers[0][row] for row in rows], 'original', model.loaded.maker.uses_segments
-            )
-            trace = zip(model.encoder.layers, run.trace.x, run.trace.contexts, strict=True)
-            return [_flows(as_numpy(_masses(layer, x, context, groups))) for layer, x, context in trace]
+            groups = torch.from_numpy(_groups(inputs, rows)).to(model.map.device)
+            run = traced(model.map, inputs, 0, rows)
+            x = [run.values[Site('resid_pre', i)] for i in range(len(counts))]
+            layers = zip(model.map.layers, x, run.contexts, strict=True)
+            return [_flows(as_numpy(_masses(layer, x, context, groups))) for layer, x, context in layers]
 
         with model.computing():
             for rows, layers in in_batches(
-                inputs.lengths, self._budget(), step, verbose=self._verbose, desc='AttentionShares'
+                inputs.lengths, self.budget, step, verbose=self.shows, desc='AttentionShares'
             ):
                 for layer, flows in enumerate(layers):
                     values[:, rows, layer, : flows.shape[2]] = flows / inputs.lengths[rows][:, None]
         return {SHARE + flow: list(value) for flow, value in zip(FLOWS, values, strict=True)}
 
 
-def check_described(model: Ranker) -> None:
-    """Checks that the attention of a ranker's family is described.
+def check_plain(model: Any) -> None:
+    """Checks that attention weights can be made from the queries and keys of a ranker.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If not.
     """
-    if not model.encoder.family.described:
+    reason = model.map.why_not_plain()
+    if reason:
         raise ValueError(
-            f'the attention of {model.encoder.base.config.model_type!r} is not described, so its weights cannot be '
-            'made here: give qkv= to its family with pyterrier_mech.rankers.register_family(Family(...)), if it is '
-            'plain attention'
+            f'attention weights are made from the parts of the layers, but of {model!r} {reason}: describe the family '
+            'with qkv= by pyterrier_mech.rankers.register_family(Family(...)) if it is plain attention; merge adapters '
+            'and remove hooks'
         )
-
-
-def attention_weights(layer: Layer, x: torch.Tensor, context: Context) -> torch.Tensor:
-    """Returns the attention weights [rows, heads, tokens, tokens] of a layer, from its input [rows, tokens, d]."""
-    q, k, _ = layer.projections(layer.attention_input(x))
-    if context.rotary is not None:
-        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-    scores = q @ k.transpose(-1, -2) * layer.head_dim**-0.5
-    mask = context.mask
-    if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _masses(layer: Layer, x: torch.Tensor, context: Context, groups: torch.Tensor) -> torch.Tensor:
@@ -166,7 +140,7 @@ def _masses(layer: Layer, x: torch.Tensor, context: Context, groups: torch.Tenso
     parts = []
     for start in range(0, n_rows, size):
         rows = slice(start, start + size)
-        weights = attention_weights(layer, x[rows], context.rows(lambda tensor, rows=rows: tensor[rows]))  # type: ignore[misc]
+        weights = layer.pattern(x[rows], context.rows(lambda tensor, rows=rows: tensor[rows]))  # type: ignore[misc]
         of = member[rows, None].to(weights.dtype)
         parts.append(of @ weights @ of.transpose(-1, -2))
     return torch.cat(parts)
@@ -188,13 +162,13 @@ def _flows(masses: np.ndarray) -> np.ndarray:
     )
 
 
-def _groups(inputs: PlainInputs, rows: np.ndarray) -> np.ndarray:
+def _groups(inputs: Inputs, rows: np.ndarray) -> np.ndarray:
     """Returns the group of every position [rows, tokens], -1 for padding."""
-    of_type = np.asarray([*(_GROUP_OF[kind] for kind in TYPES), -1])
-    return of_type[inputs.types(0, rows)]
+    of_type = np.asarray([*(_GROUP_OF.get(kind, -1) for kind in TYPES), -1])
+    return of_type[inputs.types(0, rows, inserted=False)]
 
 
-def _expected(inputs: PlainInputs) -> dict[str, np.ndarray]:
+def _expected(inputs: Inputs) -> dict[str, np.ndarray]:
     groups = [_groups(inputs, np.asarray([row]))[0] for row in range(len(inputs.lengths))]
     counts = np.stack([np.bincount(row[row >= 0], minlength=4) for row in groups]) / inputs.lengths[:, None]
     flows = _flows((counts[:, :, None] * counts[:, None, :])[:, None])[..., 0]
@@ -229,9 +203,9 @@ def head_roles(frame: pd.DataFrame, *, odds: float = 2.0, special: float = 0.5) 
         ValueError: If a threshold is out of range, a column is missing, or there are no rows.
     """
     if not odds >= 1:
-        raise ValueError(f'odds={odds!r} would call flows below expectation above it: give 1 or more')
+        raise ValueError(f'odds must be 1 or more, or flows below expectation would count as above it; got {odds!r}')
     if not 0 < special <= 1:
-        raise ValueError(f'special={special!r} is no share of mass above 0: give e.g. 0.5')
+        raise ValueError(f'special must be a share above 0 and up to 1, e.g. 0.5; got {special!r}')
     missing = [column for flow in FLOWS for column in (SHARE + flow, EXPECTED + flow) if column not in frame.columns]
     if missing or not len(frame):
         what = f'The frame has no {missing[0]!r}' if missing else 'The frame has no rows'
@@ -242,14 +216,14 @@ def head_roles(frame: pd.DataFrame, *, odds: float = 2.0, special: float = 0.5) 
     counts = {'n': len(frame), 'n_queries': frame['qid'].nunique()}
     thresholds = {'odds_threshold': float(odds), 'special_threshold': float(special)}
     rows = []
-    for layer, head in np.argwhere(~np.isnan(shares['to_cls'])).tolist():
-        above = [flow for flow in _WORDS if ratios[flow][layer, head] >= odds]
-        to_special = shares['to_cls'][layer, head] + shares['to_sep'][layer, head]
+    for layer, number in np.argwhere(~np.isnan(shares['to_cls'])).tolist():
+        above = [flow for flow in _WORDS if ratios[flow][layer, number] >= odds]
+        to_special = shares['to_cls'][layer, number] + shares['to_sep'][layer, number]
         role = 'special-token' if to_special >= special else _ROLE_OF.get(frozenset(above), 'mixed')
-        row: dict[str, Any] = {'layer': layer, 'head': head, 'name': head_name(layer, head), 'role': role}
-        row |= {'above': ' '.join(above), **{SHARE + flow: shares[flow][layer, head] for flow in FLOWS}}
+        row: dict[str, Any] = {'layer': layer, 'head': number, 'name': head(layer, number).name, 'role': role}
+        row |= {'above': ' '.join(above), **{SHARE + flow: shares[flow][layer, number] for flow in FLOWS}}
         row |= {EXPECTED + flow: expected[flow] for flow in FLOWS}
-        rows.append(row | {ODDS + flow: ratios[flow][layer, head] for flow in _WORDS} | counts | thresholds)
+        rows.append(row | {ODDS + flow: ratios[flow][layer, number] for flow in _WORDS} | counts | thresholds)
     return pd.DataFrame(rows)
 
 

@@ -22,6 +22,10 @@ TRUNCATED = 'edit truncated away'
 UNALIGNED = 'no alignment'
 FILLER = 'edit equals the filler'
 
+TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
+"""Types of positions."""
+
+_Cell = tuple[str, int | None, int | None]
 _SAME, _REPLACED, _INSERTED, _DELETED = 'same', 'replaced', 'inserted', 'deleted'
 
 
@@ -36,8 +40,8 @@ class Alignment:
         original_mask: 1 where the original input has a token that may be attended to, else 0 [tokens].
         perturbed_mask: The same for the perturbed input.
         changes: For every position 'same', 'replaced', 'inserted' (the perturbed input has more) or 'deleted'.
-        types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query),
-            'doc_other' or 'inserted'.
+        types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query) or
+            'doc_other', whether it was inserted or not.
         problem: Why the pair cannot be patched, or ''.
     """
 
@@ -54,6 +58,10 @@ class Alignment:
         """Number of positions."""
         return len(self.original)
 
+    def marked_types(self) -> list[str]:
+        """Returns the types, those of inserted positions as 'inserted'."""
+        return [_INSERTED if c == _INSERTED else kind for c, kind in zip(self.changes, self.types, strict=True)]
+
     def positions(self, change: str) -> np.ndarray:
         """Returns the positions with a given change."""
         return np.flatnonzero(np.asarray(self.changes) == change)
@@ -65,7 +73,7 @@ class Alignment:
                 'original': tokenizer.convert_ids_to_tokens(self.original.tolist()),
                 'perturbed': tokenizer.convert_ids_to_tokens(self.perturbed.tolist()),
                 'change': self.changes,
-                'type': self.types,
+                'type': self.marked_types(),
             }
         )
 
@@ -112,7 +120,8 @@ class Aligner:
             fields: What the parts are, 'query' or 'text'.
             query: Token ids that count as query terms where the query is not one of the parts.
         """
-        columns = [list(_columns(a.tolist(), b.tolist())) for a, b in zip(original, perturbed, strict=True)]
+        room = self.maker.max_length
+        columns = [list(_columns(a.tolist(), b.tolist(), room)) for a, b in zip(original, perturbed, strict=True)]
         problem = self._problem(original, perturbed, columns)
         if problem == UNALIGNED:
             return self.unpatched(original, fields, problem)
@@ -155,41 +164,45 @@ class Aligner:
         self, columns: Sequence[list[Any]], fields: Sequence[str], in_query: set[int], problem: str
     ) -> Alignment:
         template = self.maker.template(len(columns))
-        rows: list[tuple[Any, ...]] = []
-        for i, (specials, segments) in enumerate(zip(template.specials, template.special_segments, strict=True)):
-            for token, segment in zip(specials, segments, strict=True):
-                rows.append((token, token, segment, 1, 1, _SAME, 'sep' if rows else 'cls'))
-            if i < len(columns):
-                for change, a, b in columns[i]:
-                    kind = self._type(change, a, b, fields[i], in_query)
-                    rows.append((*self._sides(a, b), template.part_segments[i], *self._masks(a, b), change, kind))
-        original, perturbed, segments, mask_0, mask_1, changes, types = zip(*rows, strict=True)
+        changes = template.framed(
+            [[change for change, _, _ in c] for c in columns], [[_SAME] * len(t) for t in template.specials]
+        )
+        types = template.framed(
+            [[_type(cell, field, in_query) for cell in c] for field, c in zip(fields, columns, strict=True)],
+            template.special_types(),
+        )
+        segments = template.framed(
+            [[segment] * len(c) for segment, c in zip(template.part_segments, columns, strict=True)],
+            template.special_segments,
+        )
+        ones = [[1] * len(tokens) for tokens in template.specials]
+        sides = []
+        for side in (1, 2):
+            tokens = [[self._filler_id if cell[side] is None else cell[side] for cell in c] for c in columns]
+            shown = [[int(self.filler != MASK_FILLER or cell[side] is not None) for cell in c] for c in columns]
+            sides.append((template.framed(tokens, template.specials), template.framed(shown, ones)))
+        (original, mask_0), (perturbed, mask_1) = sides
         arrays = [np.asarray(values, dtype=np.int64) for values in (original, perturbed, segments, mask_0, mask_1)]
-        return Alignment(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], changes, types, problem)
-
-    def _sides(self, a: int | None, b: int | None) -> tuple[int, int]:
-        return self._filler_id if a is None else a, self._filler_id if b is None else b
-
-    def _masks(self, a: int | None, b: int | None) -> tuple[int, int]:
-        hides = self.filler == MASK_FILLER
-        return int(not (hides and a is None)), int(not (hides and b is None))
-
-    @staticmethod
-    def _type(change: str, a: int | None, b: int | None, field: str, in_query: set[int]) -> str:
-        if change == _INSERTED:
-            return 'inserted'
-        if field == 'query':
-            return 'query'
-        return 'doc_match' if (a if b is None else b) in in_query else 'doc_other'
+        return Alignment(*arrays, tuple(changes), tuple(types), problem)
 
 
-def _columns(a: list[int], b: list[int]) -> Iterator[tuple[str, int | None, int | None]]:
-    """Yields one (change, original token, perturbed token) a position."""
+def _type(cell: _Cell, field: str, in_query: set[int]) -> str:
+    if field == 'query':
+        return 'query'
+    _, a, b = cell
+    return 'doc_match' if (a if b is None else b) in in_query else 'doc_other'
+
+
+def _columns(a: list[int], b: list[int], room: int) -> Iterator[_Cell]:
+    """Yields one (change, original token, perturbed token) a position, those after `room` positions roughly or not."""
     # Common ends first: an appended, prepended or inserted edit is then found where it was made, and the quadratic
     # search in the middle stays small.
     start = _common(a, b)
     end = _common(a[start:][::-1], b[start:][::-1])
     middle_a, middle_b = a[start : len(a) - end], b[start : len(b) - end]
+    if start >= room or max(len(middle_a), len(middle_b)) > room:
+        # What is cut off later need not be searched.
+        middle_a, middle_b, end = middle_a[:room], middle_b[:room], 0
     for token in a[:start]:
         yield _SAME, token, token
     matcher = SequenceMatcher(None, middle_a, middle_b, autojunk=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyterrier as pt
@@ -82,6 +82,22 @@ def in_batches(
             yield rows, result
             bar.update(len(rows))
             start += len(rows)
+
+
+def collected(
+    lengths: np.ndarray, budget: Budget, step: Callable[[np.ndarray], np.ndarray], **options: Any
+) -> np.ndarray:
+    """Runs `step` over all rows as `in_batches` does; returns its results in the order of the rows.
+
+    Args:
+        lengths: Tokens of every row, at least one row.
+        budget: Tokens of a batch.
+        step: From row numbers to an array [..., rows].
+        options: As for `in_batches`.
+    """
+    done = list(in_batches(lengths, budget, step, **options))
+    order = np.argsort(np.concatenate([rows for rows, _ in done]))
+    return np.concatenate([values for _, values in done], axis=-1)[..., order]
 
 
 def default_budget(tokens: int | None, device: torch.device) -> Budget:

@@ -1,4 +1,4 @@
-"""From texts to model inputs: every text is tokenised once, pairs are joined by ids.
+"""Token ids of texts, and the frame of special tokens around them: every text is tokenised once, pairs are joined by ids.
 
 The result is what the tokenizer's own pair encoding gives, special tokens, segment ids and truncation included.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-import torch
+
+_T = TypeVar('_T')
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,33 @@ class Template:
         """Number of special tokens."""
         return sum(map(len, self.specials))
 
+    def framed(self, parts: Sequence[Sequence[_T]], specials: Sequence[Sequence[_T]]) -> list[_T]:
+        """Returns one value a position, from values for the tokens of each part and for the special tokens."""
+        return [*chain.from_iterable(chain(*pair) for pair in zip(specials, parts, strict=False)), *specials[-1]]
+
+    def special_types(self) -> list[list[str]]:
+        """Returns the types of the special tokens: the first of all is 'cls', the others are 'sep'."""
+        types = [['sep'] * len(tokens) for tokens in self.specials]
+        first = next((tokens for tokens in types if tokens), None)
+        if first is not None and types[0]:
+            first[0] = 'cls'
+        return types
+
 
 class InputMaker:
     """Tokenises texts and builds padded batches for a tokenizer and a maximum length."""
 
-    def __init__(self, tokenizer: Any, max_length: int):
-        """Keeps the tokenizer; nothing is read from it yet."""
+    def __init__(self, tokenizer: Any, max_length: int, uses_segments: bool = False):
+        """Keeps the tokenizer; nothing is read from it yet.
+
+        Args:
+            tokenizer: A fast tokenizer.
+            max_length: Tokens of a sequence, special tokens included.
+            uses_segments: Whether the model is given segment ids.
+        """
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.uses_segments = uses_segments
         self._templates: dict[int, Template] = {}
 
     def template(self, n_parts: int) -> Template:
@@ -85,9 +105,9 @@ class InputMaker:
         return self._templates[n_parts]
 
     @property
-    def uses_segments(self) -> bool:
-        """Whether the model is given segment ids."""
-        return 'token_type_ids' in self.tokenizer.model_input_names
+    def pad_id(self) -> int:
+        """Token that fills a row up."""
+        return self.tokenizer.pad_token_id or 0
 
     def tokenize(self, texts: Sequence[str]) -> Ragged:
         """Returns the ids of every text without special tokens; equal texts are tokenised once."""
@@ -102,6 +122,11 @@ class InputMaker:
             verbose=False,
         )
         return Ragged.from_lists(encoded['input_ids']).take(rows)
+
+    def cut(self, parts: Sequence[Ragged]) -> list[Ragged]:
+        """Truncates the parts of every row as the tokenizer would."""
+        kept = self.kept([part.lengths for part in parts])
+        return [Ragged(part.flat, part.starts, lengths) for part, lengths in zip(parts, kept, strict=True)]
 
     def kept(self, lengths: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns how many tokens of each part survive truncation (the tokenizers' `longest_first`).
@@ -128,21 +153,20 @@ class InputMaker:
         swapped = first > second
         return [np.where(swapped, long_kept, short_kept), np.where(swapped, short_kept, long_kept)]
 
-    def batch(self, parts: Sequence[Ragged], device: torch.device) -> dict[str, torch.Tensor]:
-        """Joins and pads rows to one batch of model inputs.
+    def joined(self, parts: Sequence[Ragged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Joins and pads rows.
 
         Args:
             parts: One text, or query and text, already cut to their kept lengths.
-            device: Where the tensors go.
 
         Returns:
-            `input_ids`, `attention_mask` and, where the model takes them, `token_type_ids`; all [rows, tokens].
+            Token ids, attention mask and segment ids, [rows, tokens] each.
         """
         template = self.template(len(parts))
         n_rows = len(parts[0].lengths)
         totals = template.n_special + np.sum([part.lengths for part in parts], axis=0)
         width = int(totals.max())
-        ids = np.full((n_rows, width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        ids = np.full((n_rows, width), self.pad_id, dtype=np.int64)
         segments = np.zeros((n_rows, width), dtype=np.int64)
         rows = np.arange(n_rows)
         cursor = np.zeros(n_rows, dtype=np.int64)
@@ -156,8 +180,4 @@ class InputMaker:
                 ids[row, cursor[row] + column] = parts[i].flat[parts[i].starts[row] + column]
                 segments[row, cursor[row] + column] = template.part_segments[i]
                 cursor = cursor + parts[i].lengths
-        mask = (np.arange(width) < totals[:, None]).astype(np.int64)
-        inputs = {'input_ids': torch.from_numpy(ids), 'attention_mask': torch.from_numpy(mask)}
-        if self.uses_segments:
-            inputs['token_type_ids'] = torch.from_numpy(segments)
-        return {name: tensor.to(device) for name, tensor in inputs.items()}
+        return ids, (np.arange(width) < totals[:, None]).astype(np.int64), segments

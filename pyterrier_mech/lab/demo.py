@@ -13,10 +13,11 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech import plot
+from pyterrier_mech.evaluation.efficiency import efficiency
 from pyterrier_mech.lab.collection import LabDataset
 from pyterrier_mech.patch import PatchHeads
 from pyterrier_mech.perturb import TDC, TFC1, Perturb
-from pyterrier_mech.prune import Fisher, PrunedReranker, efficiency
+from pyterrier_mech.prune import Fisher, PrunedReranker
 from pyterrier_mech.rankers import BiEncoder
 from pyterrier_mech.results import HeadEffects
 

@@ -7,6 +7,5 @@ intervention on chosen `Units`, so that it can be evaluated.
 from pyterrier_mech.patch.ablate import AblateHeads
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.rerankers import AblatedReranker, PatchedReranker
-from pyterrier_mech.units import Units
 
-__all__ = ['AblateHeads', 'AblatedReranker', 'PatchHeads', 'PatchedReranker', 'Units']
+__all__ = ['AblateHeads', 'AblatedReranker', 'PatchHeads', 'PatchedReranker']

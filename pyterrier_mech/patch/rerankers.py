@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-import torch
 
-from pyterrier_mech.anatomy.encoder import pool
-from pyterrier_mech.frames import require, strings
-from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.patch.ablate import Intervention
-from pyterrier_mech.patch.interventions import (
-    Columns,
-    PlainInputs,
-    Replacement,
-    Values,
-    check_value,
-    columns_of,
-    recorded,
-    replaced,
-    zeros,
-)
-from pyterrier_mech.patch.pairs import PATCHABLE, Fields, Pairs, two_versions
-from pyterrier_mech.patch.runs import side_inputs
-from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.anatomy.edits import columns_of, picking, zeros
+from pyterrier_mech.frames import Fields, texts_of, two_versions
+from pyterrier_mech.inputs.batching import collected
+from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs, checked_rows
+from pyterrier_mech.patch.ablate import Ablation
+from pyterrier_mech.patch.pairs import no_pairs, pair_columns, started
+from pyterrier_mech.patch.replacement import keys, replacing
+from pyterrier_mech.provenance import with_seen
+from pyterrier_mech.rankers.ranker import as_numpy
+from pyterrier_mech.stage import ModelStage, units
 from pyterrier_mech.units import Units
 
 
-class AblatedReranker(Intervention):
+@dataclass(eq=False, repr=False)
+class AblatedReranker(Ablation):
     """Re-ranks with a ranker from which heads and neurons are taken, all together in one forward.
 
     **Input columns**: qid, query, docno, text. **Output columns**: the same with score and rank.
 
     Without units it is the ranker. Everything but a circuit is ablated by
-    ``AblatedReranker(model, circuit.complement(model), …)`` with `Units`.
+    ``AblatedReranker(model, circuit.units.complement(model), …)``. The queries that the units were found on, where they
+    know them, go with the result: `stats.compare` refuses to judge on these.
 
     Args:
         model: A ranker; its weights are left alone.
@@ -45,76 +39,56 @@ class AblatedReranker(Intervention):
         value: 'zero', which is the same as zeroing their columns of the next linear map; 'mean' or 'resample' from
             the reference. See `Replacement`.
         reference: Frame with query and text columns, for 'mean' and 'resample': usually rows of other queries.
-        seed: Of the draw of the other row, which is a function of seed, query and text.
+        seed: Random seed of the draw of the other row, which is a function of seed, query and text.
         text_field: Column of the text, here and in the reference; by default as the model has it.
+        batch_tokens: Tokens of one batch; by default as the model has it.
+        verbose: Shows a progress bar; by default as the model has it.
 
     Raises:
-        TypeError: If the reference is no frame.
+        TypeError: If the model is not a ranker, or the reference is not a frame.
         ValueError: If a setting is not known, a unit does not exist, or the reference is missing, empty or has rows
-            without text.
+            without text; if a score is not finite.
     """
 
-    def __init__(
-        self,
-        model: Ranker,
-        units: Any,
-        *,
-        value: str = 'zero',
-        reference: pd.DataFrame | None = None,
-        seed: int = 0,
-        text_field: str | None = None,
-    ):
-        """Stores the settings; reference values are computed when first needed."""
-        super().__init__()
-        self.model = model
-        self.units = units
-        self.value = value
-        self.reference = reference
-        self.seed = seed
-        self.text_field = text_field
+    units: Any = units()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Scores and ranks the rows of a result frame."""
-        check_value(self.value, self.reference, self._text)
-        require(inp, self, ['query', self._text])
-        scores = self.score(strings(inp, 'query', self), strings(inp, self._text, self))
-        return pt.model.add_ranks(inp.assign(score=scores))
+        self.check()
+        values = texts_of(inp, self, self.text)
+        res = pt.model.add_ranks(inp.assign(score=self.score(values['query'], values['text'])))
+        return with_seen(res, [*getattr(self.units, 'qids', ()), *self.model.seen]) if len(inp) else res
 
     def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Returns one raw score for every query and text, as the ranker's own `score` does."""
         model = self.model
-        check_value(self.value, self.reference, self._text)
+        self.check()
         # Units are looked up in the weights, which a frame without rows shall not load.
         if not len(queries):
             return np.zeros(0, dtype=np.float32)
-        units = Units.of(self.units).check(model)
-        if not len(units):
+        chosen = Units.of(self.units).check(model)
+        if not chosen:
             return model.score(queries, texts)
         if self.value == 'zero':
-            with replaced(model.encoder, columns_of(model.encoder, units), zeros(model.encoder)):
-                return model.score(queries, texts)
-        if self._replacement is None:
-            self._replacement = Replacement(model, units, self.value, self.reference, self.seed, self._text)
-        return self._score_batches(PlainInputs.of(model, queries, texts), self._replacement)
-
-    def _score_batches(self, inputs: PlainInputs, replacement: Replacement) -> np.ndarray:
-        model = self.model
-
-        def vectors(tower: int, rows: np.ndarray) -> torch.Tensor:
-            values = replacement.values(inputs, tower, rows)
-            return _vectors(model, inputs.model_inputs(model, tower, rows), replacement.columns, values)
+            return model.score(queries, texts, edits=zeros(columns_of(model.map, chosen)))
+        values = checked_rows(queries, texts)
+        replacement = self._replacement(chosen)
+        inputs = Inputs.plain(model, *values.values(), types=True)
+        read = [keys(tower, *values.values()) for tower in model.towers]
 
         def step(rows: np.ndarray) -> np.ndarray:
-            return as_numpy(model.read([vectors(tower, rows) for tower in range(len(model.towers))]))
+            edits = [
+                replacement.edits(inputs, tower, rows, [texts[row] for row in rows]) for tower, texts in enumerate(read)
+            ]
+            return as_numpy(model.run(inputs, rows, edits=edits))
 
-        lengths = inputs.lengths + replacement.lengths(inputs)
+        lengths = inputs.lengths + replacement.lengths(read)
         with model.computing():
-            done = list(in_batches(lengths, model.loaded.budget, step, verbose=model.verbose, desc='AblatedReranker'))
-        order = np.concatenate([rows for rows, _ in done])
-        return np.concatenate([values for _, values in done])[np.argsort(order)]
+            return model.finite(collected(lengths, self.budget, step, verbose=self.shows, desc='AblatedReranker'))
 
 
-class PatchedReranker(Intervention):
+@dataclass(eq=False, repr=False)
+class PatchedReranker(ModelStage):
     """Re-ranks with a ranker that reads the original pair, with chosen heads as the perturbed pair makes them.
 
     **Input columns**: qid, query, docno, text and the other version that `Perturb` wrote: text_0, query_0, or both.
@@ -122,61 +96,51 @@ class PatchedReranker(Intervention):
     **Output columns**: the same with score, rank, and `patchable` ('yes', or why the pair cannot be patched: then the
     score is that of the original).
 
-    All heads are patched together; without heads the score is `score_original` of `PatchHeads`, filler included.
+    All units are patched together; without any the score is `score_original` of `PatchHeads`, filler included.
 
     Args:
         model: A ranker; its weights are left alone.
-        heads: The heads, as `Units.of` accepts them: names ('L3H7'), (layer, head), `Units`, or what has them;
-            neurons ('L3N120') may be among them.
+        units: Heads and neurons, as `Units.of` accepts them: names ('L3H7', 'L3N120'), `Units`, or what has them.
         filler: Token that stands where one side has none, 'mask', or None: as in `PatchHeads`.
         text_field: Column of the text; by default as the model has it.
+        batch_tokens: Tokens of one batch; by default as the model has it.
+        verbose: Shows a progress bar; by default as the model has it.
 
     Raises:
-        ValueError: If a head does not exist, or the filler is not a single token.
+        TypeError: If the model is not a ranker.
+        ValueError: If a unit does not exist, the filler is not a single token, or a score is not finite.
     """
 
-    def __init__(self, model: Ranker, heads: Any, *, filler: str | None = 'a', text_field: str | None = None):
-        """Stores the settings."""
-        super().__init__()
-        self.model = model
-        self.heads = heads
-        self.filler = filler
-        self.text_field = text_field
+    units: Any = units()
+    _: KW_ONLY
+    filler: str | None = 'a'
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Scores and ranks the rows of a result frame."""
-        original, perturbed = two_versions(inp, self, self._text)
-        if not len(inp):
-            columns = {'score': np.zeros(0, dtype=np.float32), 'patchable': np.zeros(0, dtype=object)}
-        else:
-            columns = self._patch(original, perturbed, Units.of(self.heads).check(self.model))
-        return pt.model.add_ranks(inp.assign(**columns))
+        self.check()
+        versions = two_versions(inp, self, self.text)
+        columns = self._patch(versions, Units.of(self.units).check(self.model)) if len(inp) else no_pairs([])
+        res = pt.model.add_ranks(inp.assign(score=columns['score_original'], patchable=columns['patchable']))
+        return with_seen(res, [*getattr(self.units, 'qids', ()), *self.model.seen]) if len(inp) else res
 
-    def _patch(self, original: Fields, perturbed: Fields, units: Units) -> dict[str, Any]:
+    def _patch(self, versions: tuple[Fields, Fields], chosen: Units) -> dict[str, Any]:
         model = self.model
-        pairs = Pairs(model, original, perturbed, self.filler)
-        scores = pairs.table(0)[0]
-        columns = columns_of(model.encoder, units)
-        segments = model.loaded.maker.uses_segments
+        inputs = Inputs.pairs(model, *versions, self.filler)
+        table = started(model, inputs, versions, 0)
+        columns = columns_of(model.map, chosen)
 
         def step(batch: np.ndarray) -> np.ndarray:
-            vectors = []
-            for tower in pairs.picked(batch):
-                base, source = (side_inputs(model.encoder, tower, side, segments) for side in ('original', 'perturbed'))
-                seen = recorded(model.encoder, source, columns) if columns else {}
-                vectors.append(_vectors(model, base, columns, seen.__getitem__))
-            return as_numpy(model.read(vectors))
+            rows = inputs.good[batch]
+            edits = []
+            for tower in range(len(inputs.towers)):
+                source = inputs.batch(tower, rows, PERTURBED)
+                seen = model.map.run(source, record=picking(columns)).values if columns else {}
+                edits.append(replacing(columns, seen.__getitem__))
+            return as_numpy(model.run(inputs, rows, side=ORIGINAL, edits=edits))
 
-        with model.computing():
-            for rows, values in in_batches(
-                2 * pairs.tokens(), model.loaded.budget, step, verbose=model.verbose, desc='PatchedReranker'
-            ):
-                scores[pairs.good[rows]] = values
-        return {'score': scores, 'patchable': [problem or PATCHABLE for problem in pairs.problems]}
-
-
-def _vectors(model: Ranker, inputs: dict[str, torch.Tensor], columns: Columns, values: Values) -> torch.Tensor:
-    """Returns the pooled vectors [rows, d] of a run with values replaced."""
-    with replaced(model.encoder, columns, values):
-        hidden = model.encoder.run(inputs)
-    return pool(hidden, inputs['attention_mask'], model.pooling_)
+        if len(inputs.good):
+            with model.computing():
+                lengths = 2 * inputs.lengths[inputs.good]
+                scores = collected(lengths, self.budget, step, verbose=self.shows, desc='PatchedReranker')
+            table[0, inputs.good] = model.finite(scores)
+        return pair_columns(table, inputs.problems, [])

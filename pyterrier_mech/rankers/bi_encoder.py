@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.inputs.tokens import Ragged
-from pyterrier_mech.rankers.ranker import Ranker, as_numpy
-
-POOLINGS = ('cls', 'mean')
-SIMILARITIES = ('cosine', 'dot')
+from pyterrier_mech.inputs.inputs import Inputs, checked_rows, checked_texts
+from pyterrier_mech.rankers.folders import Stated, stated_bi_encoder
+from pyterrier_mech.rankers.ranker import Edits, Ranker, as_numpy
 
 
+@dataclass(eq=False, repr=False)
 class BiEncoder(Ranker):
     """Re-ranks with the similarity of a query vector and a text vector.
 
@@ -33,6 +30,7 @@ class BiEncoder(Ranker):
         tokenizer: A tokenizer or its name; by default the model's own.
         pooling: 'cls' or 'mean' (over the tokens that are not padding).
         similarity: 'cosine' or 'dot'.
+        normalize: Whether vectors are brought to length 1 first; by default as the model says, else not.
         query_prefix: Put before every query, e.g. 'query: '.
         text_prefix: Put before every text.
         text_field: Column that holds the text.
@@ -50,64 +48,38 @@ class BiEncoder(Ranker):
     towers = (('query',), ('text',))
     classifier = False
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        *,
-        tokenizer: Any = None,
-        pooling: str | None = None,
-        similarity: str | None = None,
-        query_prefix: str | None = None,
-        text_prefix: str | None = None,
-        text_field: str = 'text',
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        verbose: bool = False,
-    ):
-        """Stores the settings; weights are loaded when first needed."""
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            text_field=text_field,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            device=device,
-            dtype=dtype,
-            verbose=verbose,
-        )
-        self.pooling = pooling
-        self.similarity = similarity
-        self.query_prefix = query_prefix
-        self.text_prefix = text_prefix
+    _: KW_ONLY
+    pooling: str | None = None
+    similarity: str | None = None
+    normalize: bool | None = None
+    query_prefix: str | None = None
+    text_prefix: str | None = None
 
-    def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """Returns the similarity of every pair as float32 (float64 for a float64 model), [pairs]."""
-        if not len(queries):
+    def score(self, queries: Sequence[str], texts: Sequence[str], *, edits: Edits | None = None) -> np.ndarray:
+        """Returns the similarity of every pair, [pairs]: float32, or float64 for a float64 model."""
+        if not len(queries) and not len(texts):
             return np.zeros(0, dtype=np.float32)
+        values = checked_rows(queries, texts)
         with self.computing():
-            return as_numpy(self.read([self.vectors('query', queries), self.vectors('text', texts)]))
+            return self.finite(as_numpy(self.read([self.vectors(field, values[field], edits) for field in values])))
 
     def encode(self, field: str, texts: Sequence[str]) -> np.ndarray:
         """Returns the pooled vectors [texts, d] of a field, 'query' or 'text', before any normalisation."""
         with self.computing():
-            return as_numpy(self.vectors(field, texts))
+            return as_numpy(self.vectors(field, checked_texts('texts', texts)))
 
-    def vectors(self, field: str, texts: Sequence[str]) -> torch.Tensor:
+    def vectors(self, field: str, texts: Sequence[str], edits: Edits | None = None) -> torch.Tensor:
         """As `encode`, on the device; equal texts are encoded once."""
         rows, distinct = pd.factorize(np.asarray(texts, dtype=object))
-        parts = self.cut([self.tokenize(field, list(distinct))])
-        maker, budget, encoder = self.loaded.maker, self.loaded.budget, self.encoder
+        inputs = Inputs.of_field(self, field, list(distinct))
 
         def step(batch: np.ndarray) -> torch.Tensor:
-            inputs = maker.batch([parts[0].take(batch)], encoder.device)
-            return encoder.pooled(inputs, self.pooling_)
+            return self.represent(inputs, 0, batch, edits=edits)
 
         done = list(
             in_batches(
-                parts[0].lengths + maker.template(1).n_special,
-                budget,
+                inputs.lengths,
+                self.budget,
                 step,
                 verbose=self.verbose,
                 desc=f'{type(self).__name__} {field}',
@@ -117,70 +89,27 @@ class BiEncoder(Ranker):
         order = np.concatenate([batch for batch, _ in done])
         return torch.cat([values for _, values in done])[torch.from_numpy(np.argsort(order)[rows])]
 
-    def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
-        """Returns the ids of the texts of a field, prefix included."""
-        prefix = self.prefixes_[field]
-        return super().tokenize(field, [prefix + text for text in texts] if prefix else texts)
-
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the similarity [...] of query and text vectors [..., d]."""
-        query, text = vectors
-        if self.similarity_ == 'cosine':
-            query, text = F.normalize(query, dim=-1), F.normalize(text, dim=-1)
+        query, text = (self.stated_.finish(part) for part in vectors)
         return (query * text).sum(-1)
 
-    @cached_property
-    def _saved(self) -> dict[str, Any]:
-        """What a sentence-transformers model says of itself; empty for other models."""
-        modules = self._sidecar('modules.json')
-        if modules is None:
-            return {}
-        saved = dict(self._sidecar('config_sentence_transformers.json') or {})
-        for module in modules:
-            kind = module['type'].rsplit('.', 1)[-1]
-            if kind == 'Pooling':
-                saved['pooling'] = _pooling_mode(self._sidecar(f'{module["path"]}/config.json') or {})
-            elif kind not in ('Transformer', 'Normalize'):
-                raise ValueError(
-                    f'{self.model!r} has a {kind} module after the encoder, which BiEncoder does not apply: '
-                    'its scores would be wrong. Use a model of Transformer, Pooling and Normalize alone.'
-                )
-        return saved
-
     @property
-    def pooling_(self) -> str:
-        """The pooling in use: as given, or as the model says."""
-        mode = self.pooling if self.pooling is not None else self._saved.get('pooling')
-        if mode not in POOLINGS:
-            raise ValueError(
-                f'pooling={mode!r} is none of {POOLINGS}; this model does not say how it was trained: give pooling='
-                if mode is None
-                else f'pooling={mode!r} is none of {POOLINGS}'
+    def readout(self) -> Readout:
+        """How a sequence becomes a vector."""
+        return READOUTS[str(self.stated_.pooling)]
+
+    _read_stated = staticmethod(stated_bi_encoder)
+
+    def _stated(self) -> Stated:
+        return (
+            super()
+            ._stated()
+            .given(
+                pooling=self.pooling,
+                similarity=self.similarity,
+                normalize=self.normalize,
+                query_prompt=self.query_prefix,
+                text_prompt=self.text_prefix,
             )
-        return mode
-
-    @property
-    def similarity_(self) -> str:
-        """The similarity in use: as given, as the model says, or cosine."""
-        name = self.similarity or self._saved.get('similarity_fn_name') or 'cosine'
-        if name not in SIMILARITIES:
-            raise ValueError(f'similarity={name!r} is none of {SIMILARITIES}')
-        return name
-
-    @property
-    def prefixes_(self) -> dict[str, str]:
-        """The prefixes in use, by field: as given, or as the model says."""
-        prompts = self._saved.get('prompts') or {}
-        query = self.query_prefix if self.query_prefix is not None else prompts.get('query')
-        text = self.text_prefix if self.text_prefix is not None else prompts.get('document', prompts.get('passage'))
-        return {'query': query or '', 'text': text or ''}
-
-
-def _pooling_mode(config: dict[str, Any]) -> str:
-    """Returns the pooling of a sentence-transformers Pooling module, in its newer or older notation."""
-    if 'pooling_mode' in config:
-        mode = config['pooling_mode']
-        return mode if isinstance(mode, str) else '+'.join(mode)
-    names = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean'}
-    modes = [names.get(key, key.removeprefix('pooling_mode_')) for key, on in config.items() if on is True]
-    return '+'.join(mode for mode in modes if mode != 'include_prompt')
+        )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from operator import attrgetter
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.rankers.ranker import Loaded, Ranker, as_numpy
+from pyterrier_mech.anatomy.model import ModelMap
+from pyterrier_mech.anatomy.readouts import READOUTS, Readout
+from pyterrier_mech.rankers.folders import stated_cross_encoder
+from pyterrier_mech.rankers.ranker import Ranker
 
 
+@dataclass(eq=False, repr=False)
 class CrossEncoder(Ranker):
     """Re-ranks with a Hugging Face sequence classification model (BERT, ELECTRA, RoBERTa, DistilBERT, ModernBERT).
 
@@ -41,75 +42,35 @@ class CrossEncoder(Ranker):
     towers = (('query', 'text'),)
     classifier = True
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        *,
-        tokenizer: Any = None,
-        label: int | None = None,
-        text_field: str = 'text',
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        verbose: bool = False,
-    ):
-        """Stores the settings; weights are loaded when first needed."""
-        super().__init__(
-            model,
-            tokenizer=tokenizer,
-            text_field=text_field,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            device=device,
-            dtype=dtype,
-            verbose=verbose,
-        )
-        self.label = label
+    _: KW_ONLY
+    label: int | None = None
 
-    def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """Returns the logit of every pair as float32 (float64 for a float64 model), [pairs]."""
-        if not len(queries):
-            return np.zeros(0, dtype=np.float32)
-        maker, budget = self.loaded.maker, self.loaded.budget
-        parts = self.cut([self.tokenize('query', queries), self.tokenize('text', texts)])
-        lengths = parts[0].lengths + parts[1].lengths + maker.template(2).n_special
-
-        def step(rows: np.ndarray) -> np.ndarray:
-            inputs = maker.batch([part.take(rows) for part in parts], self.encoder.device)
-            return as_numpy(self.read([self.encoder.pooled(inputs, self.pooling_)]))
-
-        scores: np.ndarray | None = None
-        with self.computing():
-            for rows, values in in_batches(lengths, budget, step, verbose=self.verbose, desc=type(self).__name__):
-                scores = np.empty(len(queries), dtype=values.dtype) if scores is None else scores
-                scores[rows] = values
-        return scores  # type: ignore[return-value]
+    _read_stated = staticmethod(stated_cross_encoder)
 
     @property
-    def pooling_(self) -> str:
-        """What the classification head reads: 'cls' or 'mean'."""
-        pooling = self.encoder.family.pooling
-        return pooling if '.' not in pooling else attrgetter(pooling)(self.encoder.module)
+    def readout(self) -> Readout:
+        """What the classification head reads."""
+        pooling = self.map.family.pooling
+        return READOUTS[pooling if '.' not in pooling else attrgetter(pooling)(self.map.module)]
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns the relevance logits [...] of pooled vectors [..., d]."""
-        return self.encoder.family.classify(self.encoder.module, vectors[0])[..., self._label]
+        """Returns the relevance logits [...] of vectors [..., d]."""
+        return self.map.family.classify(self.map.module, vectors[0])[..., self._relevance]
 
     @property
-    def _label(self) -> int:
-        n_labels = self.encoder.module.config.num_labels
+    def _relevance(self) -> int:
+        n_labels = self.map.module.config.num_labels
         if self.label is None and n_labels > 1:
             raise ValueError(f'{self!r} has {n_labels} labels: say which logit is the relevance, e.g. label=1')
         label = self.label or 0
-        if not 0 <= label < n_labels:
-            raise ValueError(f'label={label} is none of the {n_labels} labels of {self!r}')
+        if not isinstance(label, int) or not 0 <= label < n_labels:
+            raise ValueError(f'label must be a number from 0 to {n_labels - 1} for {self!r}; got {label!r}')
         return label
 
-    def _load(self) -> Loaded:
+    def _load(self) -> ModelMap:
         loaded = super()._load()
-        if not hasattr(loaded.encoder.module.config, 'num_labels') or loaded.encoder.base is loaded.encoder.module:
-            name = type(loaded.encoder.module).__name__
+        if not hasattr(loaded.module.config, 'num_labels') or loaded.base is loaded.module:
+            name = type(loaded.module).__name__
             raise ValueError(
                 f'{name} has no classification head: load AutoModelForSequenceClassification, or BiEncoder'
             )

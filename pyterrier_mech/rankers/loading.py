@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import normalizers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from pyterrier_mech.anatomy.families import family_of
@@ -25,6 +33,7 @@ DTYPES = {
 }
 
 
+ADAPTER = 'adapter_config.json'
 PRUNED = 'pruned.json'
 WEIGHTS = 'model.safetensors'
 Counts = tuple[list[int], list[int]]
@@ -32,6 +41,15 @@ Counts = tuple[list[int], list[int]]
 _BUFFERS: dict[str, Callable[[torch.Size], torch.Tensor]] = {
     'position_ids': lambda shape: torch.arange(shape[-1]).expand(shape),
     'token_type_ids': lambda shape: torch.zeros(shape, dtype=torch.long),
+}
+
+# What to give in the place of an object around a Hugging Face module, by the name of its class.
+_INSTEAD = {
+    'PeftModel': 'model.merge_and_unload(), or model.get_base_model()',
+    'DataParallel': 'model.module',
+    'DistributedDataParallel': 'model.module',
+    'OptimizedModule': 'the module before torch.compile, model._orig_mod',
+    'BaseModel': 'its folder or name, or model.transformers_model with tokenizer=model.tokenizer and its settings',
 }
 
 
@@ -53,12 +71,41 @@ def device_of(name: str | None) -> torch.device:
     return torch.device(name if name is not None else 'cuda' if torch.cuda.is_available() else 'cpu')
 
 
+def check_module(module: Any) -> None:
+    """Checks that a loaded module is a Hugging Face encoder as it was made.
+
+    Raises:
+        TypeError: If it is something else, or something around one.
+        ValueError: If it is quantised, compiled in place or a decoder.
+    """
+    names = {kind.__name__ for kind in type(module).__mro__}
+    for name in names & _INSTEAD.keys():
+        raise TypeError(f'model must be a Hugging Face module; got a {type(module).__name__}: give {_INSTEAD[name]}')
+    if not (isinstance(module, nn.Module) and hasattr(module, 'config') and hasattr(module, 'base_model')):
+        raise TypeError(f'model must be a hub name, a folder or a Hugging Face module; got a {type(module).__name__}')
+    kinds = {type(part).__module__ for part in (*module.modules(), *module.parameters())}
+    whole = all(part.is_floating_point() for part in module.parameters())
+    if getattr(module, 'is_quantized', False) or not whole or any('quant' in kind for kind in kinds):
+        raise ValueError('model must not be quantised: load it without a quantization_config, with dtype= if need be')
+    if any(part._compiled_call_impl is not None for part in module.modules()):
+        raise ValueError('model must not be compiled, since hooks would be skipped: load it again without compile()')
+    if getattr(module.config, 'is_decoder', False):
+        raise ValueError('model must be an encoder; its configuration says is_decoder=True: load it with False')
+
+
 def load_config(name: str) -> Any:
     """Loads a model's configuration.
 
     Raises:
         FileNotFoundError: If there is no such folder and no such model on the hub.
+        ValueError: If there is an adapter to another model.
     """
+    adapter = load_json(name, ADAPTER)
+    if adapter is not None:
+        raise ValueError(
+            f'{name!r} holds an adapter of {adapter.get("base_model_name_or_path")!r} ({ADAPTER}): load it with peft, '
+            'call merge_and_unload() and save_pretrained(folder), and give that folder or the merged module'
+        )
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -77,7 +124,8 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If the family is unknown, or weights are missing: a head with random weights is never returned.
+        ValueError: If the family is unknown, or weights are missing or left over: a head with random weights, or
+            layers fewer than the checkpoint has, are never returned.
     """
     config = load_config(name)
     family_of(config.model_type)
@@ -93,14 +141,28 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
             f'the checkpoint {name!r} has no weights for {", ".join(sorted(missing))}, so they would be random. '
             + ('It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.' if classifier else '')
         )
+    unused = sorted(key for key in info['unexpected_keys'] if _has_place(key, module))
+    if unused:
+        raise ValueError(
+            f'the checkpoint {name!r} has {len(unused)} weights that a {type(module).__name__} of its config.json does '
+            f'not use, among them {", ".join(unused[:3])}: mend the configuration, e.g. its number of layers'
+        )
+    check_module(module)
     return module.to(device).eval()
+
+
+def _has_place(key: str, module: Any) -> bool:
+    """Whether a weight is of a part that the module has; a pooler is read by no bi-encoder."""
+    part, _, rest = key.removeprefix(f'{module.base_model_prefix}.').partition('.')
+    parts = {name for whole in (module, module.base_model) for name, _ in whole.named_children()} - {'pooler'}
+    return part in parts and rest.rpartition('.')[2] not in (*_BUFFERS, 'inv_freq')
 
 
 def kept_counts(name: str) -> Counts | None:
     """Returns the number of heads and of neurons of every layer of a pruned model, or None for another.
 
     Raises:
-        ValueError: If its file `PRUNED` does not say them.
+        ValueError: If its file `PRUNED` does not say them, or says more than the unpruned model has.
     """
     saved = load_json(name, PRUNED)
     if saved is None:
@@ -112,6 +174,15 @@ def kept_counts(name: str) -> Counts | None:
         raise ValueError(
             f"{PRUNED} of {name!r} has no lists of whole numbers, one a layer, under 'heads' and 'neurons': "
             'save the pruned ranker again'
+        )
+    config = load_config(name)
+    most = (config.num_attention_heads, getattr(config, 'intermediate_size', None) or config.hidden_dim)
+    if any(len(part) != config.num_hidden_layers for part in (heads, neurons)) or any(
+        count > limit for part, limit in zip((heads, neurons), most, strict=True) for count in part
+    ):
+        raise ValueError(
+            f'{PRUNED} of {name!r} must have {config.num_hidden_layers} layers of at most {most[0]} heads and '
+            f'{most[1]} neurons, as its config.json says; it has other numbers: save the pruned ranker again'
         )
     return heads, neurons
 
@@ -173,17 +244,88 @@ def _fill_buffers(module: nn.Module) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Loads the tokenizer that belongs to a model."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if not getattr(tokenizer, 'is_fast', False):
+    """Loads the tokenizer that belongs to a model; `check_tokenizer` says whether it fits.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'no tokenizer could be loaded from {name!r}: give tokenizer=') from error
+
+
+def check_tokenizer(tokenizer: Any, config: Any, name: str, *, pairs: bool = False) -> None:
+    """Checks that a tokenizer cuts, pads and numbers texts as a model is used here.
+
+    Args:
+        tokenizer: A loaded one.
+        config: The model's configuration.
+        name: Where the tokenizer is from, for the message.
+        pairs: Whether query and text are read in one sequence.
+
+    Raises:
+        TypeError: If it is no tokenizer of transformers.
+        ValueError: If it does not fit.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f'tokenizer must be a name, a folder or a loaded tokenizer; got a {type(tokenizer).__name__}')
+    if not tokenizer.is_fast:
         raise ValueError(f'the tokenizer of {name!r} has no fast version, which is needed to tell its parts apart')
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f'the tokenizer of {name!r} knows {len(vocabulary)} special tokens and no words, as transformers makes one '
+            'for a folder without tokenizer files: give tokenizer=, or save the tokenizer in the folder'
+        )
+    last, rows = max(vocabulary.values()), config.vocab_size
+    if last >= rows:
+        raise ValueError(
+            f'the tokenizer of {name!r} has ids up to {last}, the model embeddings for ids up to {rows - 1}: give the '
+            "model's own tokenizer, or call resize_token_embeddings before training"
+        )
+    for side in ('truncation_side', 'padding_side'):
+        if getattr(tokenizer, side) != 'right':
+            raise ValueError(
+                f"{side} of the tokenizer of {name!r} must be 'right'; got {getattr(tokenizer, side)!r}. If that is "
+                f"what you want, set tokenizer.{side} = 'right' and give tokenizer="
+            )
+    if pairs and uses_segments(tokenizer, config):
+        segments = max(tokenizer('a', 'a')['token_type_ids'])
+        if segments >= config.type_vocab_size:
+            raise ValueError(
+                f'the tokenizer of {name!r} gives segment ids up to {segments}, the model has '
+                f"{config.type_vocab_size} (type_vocab_size): give the model's own tokenizer"
+            )
+
+
+def uses_segments(tokenizer: Any, config: Any) -> bool:
+    """Whether segment ids are given to the model: Hugging Face ignores them where it has no embeddings for them."""
+    return 'token_type_ids' in tokenizer.model_input_names and bool(getattr(config, 'type_vocab_size', 0))
+
+
+def in_lower_case(tokenizer: Any) -> Any:
+    """Returns a copy of a tokenizer that lower-cases first, as sentence-transformers does for `do_lower_case`."""
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    old: Any = backend.normalizer
+    parts = [] if old is None else list(old) if type(old).__name__ == 'Sequence' else [old]
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
     return tokenizer
 
 
 def load_json(name: str, file: str) -> Any:
-    """Returns a JSON file of a model folder or hub repository, or None where there is none."""
+    """Returns a JSON file of a model folder or hub repository, or None where there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     try:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError:
         path = None
-    return None if path is None else json.loads(Path(path).read_text(encoding='utf-8'))
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{file} of {name!r} must hold JSON: {error}') from error

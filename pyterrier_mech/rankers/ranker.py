@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,34 +16,34 @@ import pyterrier as pt
 import torch
 from torch import nn
 
-from pyterrier_mech.anatomy.encoder import Encoder, evaluating, first_position
-from pyterrier_mech.frames import require, strings
-from pyterrier_mech.inputs.batching import Budget, default_budget
+from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
+from pyterrier_mech.anatomy.readouts import Readout
+from pyterrier_mech.frames import texts_of
+from pyterrier_mech.inputs.batching import Budget, collected, default_budget
+from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
+from pyterrier_mech.provenance import with_seen
+from pyterrier_mech.rankers.folders import Stated
 from pyterrier_mech.rankers.loading import (
+    check_module,
+    check_tokenizer,
     device_of,
     dtype_of,
+    in_lower_case,
     kept_counts,
     load_config,
-    load_json,
     load_module,
     load_tokenizer,
+    uses_segments,
 )
+from pyterrier_mech.stage import Stage
+from pyterrier_mech.units import HEADS, NEURONS, Site
 
-# Settings that change how fast or where, not what comes out.
-_NEUTRAL = ('batch_tokens', 'device', 'verbose')
-
-
-@dataclass
-class Loaded:
-    """What a ranker holds once its weights are in memory."""
-
-    encoder: Encoder
-    maker: InputMaker
-    budget: Budget
+Edits = Mapping[Site, Edit]
 
 
-class Ranker(pt.Transformer):
+@dataclass(eq=False, repr=False)
+class Ranker(Stage):
     """Base of the rankers.
 
     Attributes:
@@ -53,195 +54,277 @@ class Ranker(pt.Transformer):
     towers: ClassVar[tuple[tuple[str, ...], ...]]
     classifier: ClassVar[bool]
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        *,
-        tokenizer: Any = None,
-        text_field: str = 'text',
-        max_length: int | None = None,
-        batch_tokens: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        verbose: bool = False,
-    ):
-        """Stores the settings; weights are loaded when first needed."""
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.text_field = text_field
-        self.max_length = max_length
-        self.batch_tokens = batch_tokens
-        self.device = device
-        self.dtype = dtype
-        self.verbose = verbose
-        self._loaded: Loaded | None = None
+    model: Any
+    _: KW_ONLY
+    tokenizer: Any = None
+    text_field: str = 'text'
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    verbose: bool = False
+    _carried: Stated | None = field(default=None, init=False)
 
     # -- the stage
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Scores and ranks the rows of a result frame."""
-        require(inp, self, ['query', self.text_field])
-        scores = self.score(strings(inp, 'query', self), strings(inp, self.text_field, self))
-        return pt.model.add_ranks(inp.assign(score=scores))
+        values = texts_of(inp, self, self.text_field)
+        res = pt.model.add_ranks(inp.assign(score=self.score(values['query'], values['text'])))
+        return with_seen(res, self.seen) if len(inp) else res
 
-    @abstractmethod
-    def score(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        """Returns one raw score for every query and text."""
+    def score(self, queries: Sequence[str], texts: Sequence[str], *, edits: Edits | None = None) -> np.ndarray:
+        """Returns one raw score for every query and text, [pairs]: float32, or float64 for a float64 model.
+
+        Args:
+            queries: A list, Series or array of strings.
+            texts: The same, one a query.
+            edits: What stands in the place of some sites of the model.
+
+        Raises:
+            TypeError: If queries or texts are not lists of strings.
+            ValueError: If they differ in number, or a score is not finite.
+        """
+        if not len(queries) and not len(texts):
+            return np.zeros(0, dtype=np.float32)
+        return self.score_inputs(Inputs.plain(self, queries, texts), edits)
+
+    def score_inputs(self, inputs: Inputs, edits: Edits | None = None) -> np.ndarray:
+        """Returns the scores [rows] of inputs, with some sites edited."""
+
+        def step(rows: np.ndarray) -> np.ndarray:
+            return as_numpy(self.run(inputs, rows, edits=edits))
+
+        with self.computing():
+            scores = collected(inputs.lengths, self.budget, step, verbose=self.verbose, desc=type(self).__name__)
+        return self.finite(scores)
 
     # -- the handle
 
     @property
-    def loaded(self) -> Loaded:
-        """Weights, tokenizer and batch budget; loads them once."""
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
+    def map(self) -> ModelMap:
+        """The map of the model's layers, heads and neurons; loads the weights once."""
+        return self.cached('map', self._weights_key, self._load)
 
     @property
-    def encoder(self) -> Encoder:
-        """The view on the module's layers, heads and neurons."""
-        return self.loaded.encoder
+    def maker(self) -> InputMaker:
+        """The tokenizer and the maximum length."""
+        key = (self._weights_key, self.tokenizer, self.max_length)
+        return self.cached('maker', key, self._make_inputs)
+
+    @property
+    def budget(self) -> Budget:
+        """Tokens of one batch; remembered when memory runs out."""
+        key = (self._weights_key, self.batch_tokens)
+        return self.cached('budget', key, lambda: default_budget(self.batch_tokens, self.map.device))
+
+    def budget_of(self, batch_tokens: int | None) -> Budget:
+        """Returns the budget of a stage that runs this ranker."""
+        return self.budget if batch_tokens is None else Budget(batch_tokens)
 
     @property
     def n_layers(self) -> int:
         """Number of layers."""
-        return len(self.head_counts)
+        return len(self.counts(HEADS))
 
     def n_heads(self, layer: int) -> int:
         """Number of attention heads in a layer."""
-        return self.head_counts[layer]
+        return self.counts(HEADS)[Site(HEADS, layer)]
 
     def n_neurons(self, layer: int) -> int:
         """Number of neurons in the feed-forward block of a layer."""
-        return self.encoder.layers[layer].n_neurons
+        return self.counts(NEURONS)[Site(NEURONS, layer)]
+
+    def counts(self, kind: str) -> dict[Site, int]:
+        """Returns how many 'heads' or 'neurons' every layer has.
+
+        Heads are read off the configuration while no weights are loaded.
+        """
+        if kind == HEADS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
+            config, kept = load_config(self._name), kept_counts(self._name)
+            counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
+            return {Site(kind, layer): count for layer, count in enumerate(counts)}
+        return self.map.counts(kind)
 
     @property
-    def head_counts(self) -> list[int]:
-        """Number of heads of every layer; read off the configuration while no weights are loaded."""
-        if self._loaded is None and isinstance(self.model, str):
-            config, kept = load_config(self.model), kept_counts(self.model)
-            if kept is not None:
-                return kept[0]
-            return [config.num_attention_heads] * config.num_hidden_layers
-        return [layer.n_heads for layer in self.encoder.layers]
+    def float_type(self) -> np.dtype[Any]:
+        """The NumPy type of scores and effects: float64 for a float64 model, else float32."""
+        return np.dtype('float64' if self.map.dtype == torch.float64 else 'float32')
+
+    @property
+    def seen(self) -> Sequence[str]:
+        """Queries that the weights have been fitted on, as far as the model says."""
+        return list(getattr(self.map.module.config, 'fitted_on', None) or [])
 
     @property
     @abstractmethod
-    def pooling_(self) -> str:
-        """How a sequence becomes the vector that is read: 'cls' or 'mean'."""
+    def readout(self) -> Readout:
+        """What is read out of the last hidden states."""
 
     @abstractmethod
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns scores [...] from the pooled vectors [..., d] of every tower; shapes are broadcast."""
+        """Returns scores [...] from the vectors [..., d] of every tower; shapes are broadcast."""
 
     def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
         """Returns the ids of the texts of a field ('query' or 'text') as this ranker reads them."""
-        return self.loaded.maker.tokenize(texts)
+        return self.maker.tokenize([self.prepared(field, text) for text in texts])
 
-    def cut(self, parts: Sequence[Ragged]) -> list[Ragged]:
-        """Truncates the parts of a tower as the tokenizer would."""
-        kept = self.loaded.maker.kept([part.lengths for part in parts])
-        return [Ragged(part.flat, part.starts, lengths) for part, lengths in zip(parts, kept, strict=True)]
+    def prepared(self, field: str, text: str) -> str:
+        """Returns what the tokenizer is given for a text of a field: the prompt before it, where there is one."""
+        return self.stated_.prompt(field) + text
+
+    def unscored(self, fields: Sequence[str]) -> int:
+        """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
+        if len(fields) > 1:
+            return 0
+        return self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
+
+    # -- runs
+
+    def run(
+        self, inputs: Inputs, rows: np.ndarray, *, side: str = ORIGINAL, edits: Edits | Sequence[Edits] | None = None
+    ) -> torch.Tensor:
+        """Returns the scores [rows] of some rows, with their graph where gradients are on.
+
+        Args:
+            inputs: What this ranker, or one that reads the same, made.
+            rows: Which rows.
+            side: 'original' or 'perturbed'.
+            edits: What stands in the place of sites, for all towers or for each.
+        """
+        per_tower = edits if isinstance(edits, Sequence) else [edits] * len(self.towers)
+        return self.read([self.represent(inputs, i, rows, side, per_tower[i]) for i in range(len(self.towers))])
+
+    def represent(
+        self, inputs: Inputs, tower: int, rows: np.ndarray, side: str = ORIGINAL, edits: Edits | None = None
+    ) -> torch.Tensor:
+        """Returns the vectors [rows, d] of one tower."""
+        return self.map.represent(inputs.batch(tower, rows, side), self.readout, edits=edits)[0]
 
     @contextmanager
     def computing(self, *, gradients: bool = False) -> Iterator[None]:
-        """Runs the block in evaluation mode, without gradients unless asked for, with TF32 only if chosen."""
-        with evaluating(self.encoder.module), torch.set_grad_enabled(gradients), _tf32(self.dtype == 'tf32'):
+        """Runs the block alone on the module, in evaluation mode, in the weights' own precision.
+
+        Gradients are off unless asked for, TF32 unless chosen; what the caller has set (inference mode, autocast) does
+        not reach in, and is as it was afterwards.
+        """
+        model = self.map
+        with ExitStack() as stack:
+            stack.enter_context(model.lock())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.autocast(model.device.type, enabled=False))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(evaluating(model.module))
+            stack.enter_context(_tf32(self.dtype == 'tf32'))
             yield
+
+    def finite(self, scores: np.ndarray) -> np.ndarray:
+        """Returns scores if they are all finite.
+
+        Raises:
+            ValueError: If not.
+        """
+        bad = int((~np.isfinite(scores)).sum())
+        if bad:
+            raise ValueError(
+                f'{bad} of {scores.size} scores are not finite: {self!r} has weights that are NaN or infinite, or its '
+                "half precision overflows; use dtype='float32'"
+            )
+        return scores
 
     # -- loading
 
-    def _load(self) -> Loaded:
-        if isinstance(self.model, str):
-            device = device_of(self.device)
-            module = load_module(self.model, classifier=self.classifier, dtype=dtype_of(self.dtype), device=device)
-        else:
-            module, device = self.model, next(self.model.parameters()).device
-            # TF32 is a way to compute, not a type that the module would have to be converted to.
-            if self.device is not None or self.dtype not in (None, 'tf32'):
-                raise ValueError(
-                    f'device={self.device!r} and dtype={self.dtype!r} are for models loaded by name; '
-                    'a loaded module is used as it is: move or convert it before'
-                )
-        encoder = Encoder(module)
-        name = self.model if isinstance(self.model, str) else getattr(module.config, '_name_or_path', '')
-        tokenizer = self.tokenizer if self.tokenizer is not None else name
-        if not tokenizer:
+    @property
+    def _name(self) -> str:
+        """Hub name or folder of the model; where it is a loaded module, what that remembers."""
+        if self._by_name:
+            return str(self.model)
+        return getattr(getattr(self.model, 'config', None), '_name_or_path', '')
+
+    @property
+    def _weights_key(self) -> tuple[Any, ...]:
+        return self.model, self.dtype, self.device
+
+    @property
+    def _by_name(self) -> bool:
+        return isinstance(self.model, (str, Path))
+
+    @property
+    def stated_(self) -> Stated:
+        """How texts are read and scored: as given, or as the files beside the weights state."""
+        return self.cached('stated', self.identity(), self._stated)
+
+    def _stated(self) -> Stated:
+        if self._carried is not None:
+            return self._carried
+        return self._read_stated(self._name) if self._by_name else Stated()
+
+    @staticmethod
+    @abstractmethod
+    def _read_stated(name: str) -> Stated:
+        """Returns what a folder or repository states."""
+
+    def around(self, module: Any) -> Ranker:
+        """Returns a ranker with another module, which reads texts and scores them as this one does."""
+        other = copy.copy(self)
+        other._carried = replace(self.stated_, lower_case=False)  # the tokenizer does it
+        other.model, other.tokenizer, other.max_length = module, self.maker.tokenizer, self.maker.max_length
+        other.device, other.dtype = None, self.dtype if self.dtype == 'tf32' else None
+        return other
+
+    def _load(self) -> ModelMap:
+        if self._by_name:
+            settings = {'dtype': dtype_of(self.dtype), 'device': device_of(self.device)}
+            return ModelMap(load_module(self._name, classifier=self.classifier, **settings))
+        check_module(self.model)
+        # TF32 is a way to compute, not a type that the module would have to be converted to.
+        if self.device is not None or self.dtype not in (None, 'tf32'):
+            raise ValueError(
+                f'device={self.device!r} and dtype={self.dtype!r} are for models loaded by name; '
+                'a loaded module is used as it is: move or convert it before'
+            )
+        return ModelMap(self.model)
+
+    def _make_inputs(self) -> InputMaker:
+        tokenizer = self.tokenizer if self.tokenizer is not None else self._name
+        if not tokenizer and isinstance(tokenizer, str):
             raise ValueError('this module does not know where it was loaded from: give its tokenizer=')
-        if isinstance(tokenizer, str):
-            tokenizer = load_tokenizer(tokenizer)
-        maker = InputMaker(tokenizer, self._longest(module.config, tokenizer))
-        return Loaded(encoder, maker, default_budget(self.batch_tokens, device))
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(str(tokenizer))
+        config = self.map.module.config
+        check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
+        if self.stated_.lower_case:
+            tokenizer = in_lower_case(tokenizer)
+        return InputMaker(tokenizer, self._longest(config, tokenizer), uses_segments(tokenizer, config))
 
     def _longest(self, config: Any, tokenizer: Any) -> int:
         positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length
         positions -= first_position(config)
         if self.max_length is None:
-            saved = (self._sidecar('sentence_bert_config.json') or {}).get('max_seq_length')
-            return int(min(positions, tokenizer.model_max_length, saved or positions))
+            return int(min(positions, self.stated_.max_length or tokenizer.model_max_length))
         if not 1 <= self.max_length <= positions:
             raise ValueError(
-                f'max_length={self.max_length} is not between 1 and the {positions} positions of the model'
+                f'max_length must be between 1 and the {positions} positions of the model; got {self.max_length}'
             )
         return self.max_length
-
-    def _sidecar(self, file: str) -> Any:
-        """Returns a JSON file that was saved beside the model, if there is one."""
-        return load_json(self.model, file) if isinstance(self.model, str) else None
-
-    # -- how stages are compared, shown and sent to workers
-
-    def _settings(self) -> dict[str, Any]:
-        names = inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in names}
-
-    def _identity(self) -> tuple[Any, ...]:
-        def key(value: Any) -> Any:
-            return value if isinstance(value, (str, int, float, type(None))) else id(value)
-
-        return tuple((name, key(value)) for name, value in self._settings().items() if name not in _NEUTRAL)
-
-    def __eq__(self, other: object) -> bool:
-        """Two rankers are equal if they give the same scores: same class, weights and result-changing settings."""
-        return type(self) is type(other) and self._identity() == other._identity()  # type: ignore[attr-defined]
-
-    def __hash__(self) -> int:
-        """Fits `__eq__`."""
-        return hash((type(self), self._identity()))
-
-    def __repr__(self) -> str:
-        """Rebuilds the ranker, where its model is a name."""
-        model = repr(self.model) if isinstance(self.model, str) else f'<{type(self.model).__name__}>'
-        defaults = inspect.signature(type(self)).parameters
-        options = [
-            f'{name}={value!r}' if isinstance(value, (str, int, float)) else f'{name}=<{type(value).__name__}>'
-            for name, value in self._settings().items()
-            if name != 'model' and value is not defaults[name].default and value != defaults[name].default
-        ]
-        return f'{type(self).__name__}({", ".join([model, *options])})'
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickles a ranker that was made by name without its weights; a worker loads them again."""
-        state = dict(self.__dict__)
-        if isinstance(self.model, str):
-            state['_loaded'] = None
-        return state
-
-    def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Shows no parts in a drawn pipeline."""
-        return {}
-
-    @property
-    def schematic(self) -> dict[str, Any]:
-        """How PyTerrier draws the stage."""
-        return {'label': type(self).__name__, 'help_url': None}
 
 
 def as_numpy(values: torch.Tensor) -> np.ndarray:
     """Returns values on the CPU, half precision raised to float32."""
     values = values.detach()
     return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).cpu().numpy()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Runs the block without dropout and leaves every submodule in the mode that it was in."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager

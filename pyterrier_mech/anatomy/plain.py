@@ -1,0 +1,72 @@
+"""Whether a module is exactly what its family describes, so that its parts may be computed with directly.
+
+An adapter answers `.weight` with the weight that it adapts, and a hook acts only when its module is called. So where a
+part is of another type, or anything has a hook or a forward of its own, the module's own forward runs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from pyterrier_mech.anatomy.families import Family
+from pyterrier_mech.anatomy.layers import Layer
+
+_NORMS = (nn.LayerNorm, nn.Identity)
+_KERNELS = ('eager', 'sdpa', None)
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_GLOBAL_HOOKS = ('_global_forward_hooks', '_global_forward_pre_hooks')
+
+
+def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
+    """Returns why the parts of the layers must not be computed with directly, or ''."""
+    if not family.described:
+        return f'the attention of {module.config.model_type!r} is not described'
+    if getattr(module.config, '_attn_implementation', None) not in _KERNELS:
+        return f'attention runs by {module.config._attn_implementation!r}'
+    if any(getattr(torch_modules, name, None) for name in _GLOBAL_HOOKS):
+        return 'there are global hooks on modules'
+    known = {'torch', 'transformers', 'pyterrier_mech', _root(type(module.base_model))}
+    for part in module.modules():
+        if reason := _touched(part, known):
+            return f'a {type(part).__name__} {reason}'
+    for number, layer in enumerate(layers):
+        for part in layer.linear_parts:
+            if type(part) is not nn.Linear:
+                return f'layer {number} has a {type(part).__name__} where a Linear was expected'
+        for part in (layer.part('norm_attention'), layer.part('norm_mlp')):
+            if type(part) not in _NORMS:
+                return f'layer {number} has a {type(part).__name__} where a LayerNorm was expected'
+        if hasattr(layer.module, 'crossattention'):
+            return f'layer {number} attends to another sequence'
+        scaling = getattr(_attention(layer), 'scaling', None)
+        if scaling is not None and scaling != layer.head_dim**-0.5:
+            return f'layer {number} scales its attention by {scaling}'
+    return ''
+
+
+def _attention(layer: Layer) -> Any:
+    path = layer.family.qkv[0].rpartition('.')[0]
+    return attrgetter(path)(layer.module) if path else layer.module
+
+
+def _touched(part: nn.Module, known: set[str]) -> str:
+    state = part.__dict__
+    for name in _HOOKS:
+        if state.get(name):
+            return 'has hooks'
+    if 'forward' in state:
+        return 'has a forward of its own'
+    if state.get('_compiled_call_impl') is not None:
+        return 'is compiled'
+    return '' if _root(type(part)) in known else f'is of {type(part).__module__}'
+
+
+@cache
+def _root(kind: type) -> str:
+    return kind.__module__.partition('.')[0]

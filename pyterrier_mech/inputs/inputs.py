@@ -1,0 +1,282 @@
+"""Rows of query and text as a ranker reads them: one version, or an original and a perturbed one side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pyterrier_mech.anatomy.model import Batch, ModelMap, first_position
+from pyterrier_mech.frames import Fields
+from pyterrier_mech.inputs.alignment import TYPES, UNALIGNED, UNCHANGED, Aligner, Alignment
+from pyterrier_mech.inputs.tokens import InputMaker, Ragged
+
+ORIGINAL, PERTURBED = 'original', 'perturbed'
+
+
+class Reader(Protocol):
+    """What a ranker says of how it reads texts."""
+
+    towers: tuple[tuple[str, ...], ...]
+
+    @property
+    def maker(self) -> InputMaker:
+        """Tokenizer and maximum length."""
+
+    @property
+    def map(self) -> ModelMap:
+        """The model."""
+
+    def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
+        """Returns the ids of the texts of a field."""
+
+    def unscored(self, fields: Sequence[str]) -> int:
+        """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
+
+
+class Tower(Protocol):
+    """The sequences of one tower of a ranker: of query and text together, or of one of them."""
+
+    fields: Sequence[str]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, special tokens included."""
+
+    def ids(self, row: int) -> np.ndarray:
+        """Returns the token ids of a row [tokens]."""
+
+    def types(self, row: int, inserted: bool = True) -> Sequence[str]:
+        """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
+
+    def unchanged(self, row: int) -> bool:
+        """Whether there is only one version of a row."""
+
+    def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns ids, attention mask and segment ids of some rows, padded to the longest, [rows, tokens] each."""
+
+
+class PlainTower:
+    """Sequences of one version."""
+
+    def __init__(self, maker: InputMaker, parts: Sequence[Ragged], fields: Sequence[str], query: Ragged | None):
+        """Cuts the parts.
+
+        Args:
+            maker: Tokenizer and maximum length.
+            parts: Ids of each part.
+            fields: What the parts are, 'query' or 'text'.
+            query: Ids whose tokens count as query terms, where types are wanted.
+        """
+        self.maker, self.fields, self.query = maker, fields, query
+        self.parts = maker.cut(parts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, special tokens included."""
+        return np.sum([part.lengths for part in self.parts], axis=0) + self.maker.template(len(self.parts)).n_special
+
+    def ids(self, row: int) -> np.ndarray:
+        """Returns the token ids of a row [tokens]."""
+        return self.arrays(np.asarray([row]), ORIGINAL)[0][0]
+
+    def types(self, row: int, inserted: bool = True) -> list[str]:
+        """Returns the type of every position of a row."""
+        if self.query is None:
+            raise ValueError('these inputs were made without types')
+        query = set(self.query.row(row).tolist())
+        template = self.maker.template(len(self.parts))
+        parts = [
+            ['query'] * int(part.lengths[row])
+            if field == 'query'
+            else ['doc_match' if token in query else 'doc_other' for token in part.row(row).tolist()]
+            for field, part in zip(self.fields, self.parts, strict=True)
+        ]
+        return template.framed(parts, template.special_types())
+
+    def unchanged(self, row: int) -> bool:
+        """There is one version."""
+        return True
+
+    def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns ids, attention mask and segment ids of some rows."""
+        return self.maker.joined([part.take(rows) for part in self.parts])
+
+
+class AlignedTower:
+    """Sequences of two versions, equally long."""
+
+    def __init__(self, alignments: Sequence[Alignment], fields: Sequence[str], pad: int):
+        """Keeps the alignment of every row."""
+        self.alignments, self.fields, self.pad = alignments, fields, pad
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, special tokens included."""
+        return np.asarray([len(alignment) for alignment in self.alignments], dtype=np.int64)
+
+    def ids(self, row: int) -> np.ndarray:
+        """Returns the token ids of the original of a row [tokens]."""
+        return self.alignments[row].original
+
+    def types(self, row: int, inserted: bool = True) -> Sequence[str]:
+        """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
+        return self.alignments[row].marked_types() if inserted else self.alignments[row].types
+
+    def unchanged(self, row: int) -> bool:
+        """Whether both versions of a row are one."""
+        return bool(self.alignments[row].problem)
+
+    def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns ids, attention mask and segment ids of one side of some rows."""
+        picked = [self.alignments[row] for row in rows]
+        names = ((side, self.pad), (f'{side}_mask', 0), ('segments', 0))
+        ids, mask, segments = (_padded([getattr(one, name) for one in picked], fill) for name, fill in names)
+        return ids, mask, segments
+
+
+class Inputs:
+    """Rows as a ranker reads them.
+
+    Attributes:
+        model: The ranker.
+        towers: The sequences of each of its towers.
+        problems: For every row why its two versions cannot be compared, or ''.
+        good: Rows without a problem.
+        rest: Rows with one.
+    """
+
+    def __init__(self, model: Reader, towers: Sequence[Tower], problems: Sequence[str]):
+        """Holds what `plain` and `pairs` make."""
+        self.model, self.towers, self.problems = model, towers, problems
+        self.good = np.asarray([row for row, problem in enumerate(problems) if not problem], dtype=np.int64)
+        self.rest = np.asarray([row for row, problem in enumerate(problems) if problem], dtype=np.int64)
+
+    @classmethod
+    def plain(cls, model: Reader, queries: Sequence[str], texts: Sequence[str], *, types: bool = False) -> Inputs:
+        """Makes the inputs of one version, as the ranker scores it.
+
+        Args:
+            model: A ranker.
+            queries: Query of every row.
+            texts: Text of every row.
+            types: Whether position types are wanted.
+
+        Raises:
+            TypeError: If queries or texts are not lists of strings.
+            ValueError: If they differ in number.
+        """
+        values = checked_rows(queries, texts)
+        ids = {field: model.tokenize(field, values[field]) for field in values}
+        query = ids['query'] if types else None
+        towers = [PlainTower(model.maker, [ids[field] for field in tower], tower, query) for tower in model.towers]
+        return cls(model, towers, [''] * len(values['query']))
+
+    @classmethod
+    def of_field(cls, model: Reader, field: str, texts: Sequence[str]) -> Inputs:
+        """Makes the inputs of the tower of a bi-encoder that reads one field alone."""
+        return cls(model, [PlainTower(model.maker, [model.tokenize(field, texts)], (field,), None)], [''] * len(texts))
+
+    @classmethod
+    def pairs(cls, model: Reader, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
+        """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
+        aligner = Aligner(model.maker, filler)
+        ids = [{field: model.tokenize(field, texts[field]) for field in texts} for texts in (original, perturbed)]
+        aligned = [
+            [
+                aligner.align(
+                    *([side[field].row(row) for field in tower] for side in ids), tower, query=ids[1]['query'].row(row)
+                )
+                for row in range(len(original['text']))
+            ]
+            for tower in model.towers
+        ]
+        problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
+        pad = model.maker.pad_id
+        towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]
+        return cls(model, towers, problems)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.problems)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, over all towers."""
+        return np.sum([tower.lengths for tower in self.towers], axis=0)
+
+    def batch(self, tower: int, rows: Sequence[int] | np.ndarray, side: str = ORIGINAL) -> Batch:
+        """Returns the model inputs of one tower and side for some rows, padded to the longest of them.
+
+        Where positions are hidden by a mask filler, the others are numbered without a gap, so that a model with
+        absolute positions reads the plain text. Relative positions and sliding windows still count the hidden ones.
+        """
+        model = self.model
+        lengths = self.towers[tower].lengths[np.asarray(rows)]
+        ids, mask, segments = self.towers[tower].arrays(np.asarray(rows), side)
+        device = model.map.device
+        inputs = {'input_ids': torch.from_numpy(ids).to(device), 'attention_mask': torch.from_numpy(mask).to(device)}
+        if model.maker.uses_segments:
+            inputs['token_type_ids'] = torch.from_numpy(segments).to(device)
+        if int(mask.sum()) != int(lengths.sum()):
+            numbered = (inputs['attention_mask'].cumsum(1) - 1).clamp(min=0)
+            inputs['position_ids'] = numbered + first_position(model.map.base.config)
+        scored, skipped = inputs['attention_mask'], model.unscored(self.towers[tower].fields)
+        if skipped:
+            scored = scored.clone()
+            scored[:, :skipped] = 0
+        return Batch(inputs, scored)
+
+    def types(self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True) -> np.ndarray:
+        """Returns the position types of one tower of some rows as places in `TYPES`, -1 for padding, [rows, tokens]."""
+        names = [self.towers[tower].types(row, inserted) for row in rows]
+        return _padded([[TYPES.index(name) for name in row] for row in names], -1)
+
+
+def checked_rows(queries: Any, texts: Any) -> Fields:
+    """Returns queries and texts as lists of strings, one a row.
+
+    Raises:
+        TypeError: If one of them is not a list of strings; the message names the first other value.
+        ValueError: If they differ in number.
+    """
+    values = {'query': checked_texts('queries', queries), 'text': checked_texts('texts', texts)}
+    if len(values['query']) != len(values['text']):
+        raise ValueError(
+            f'there must be one text for each query; got {len(values["query"])} queries and {len(values["text"])} '
+            'texts: repeat the query for each of its texts'
+        )
+    return values
+
+
+def checked_texts(name: str, values: Any) -> list[str]:
+    """Returns a list, a Series or an array of strings as a list.
+
+    Raises:
+        TypeError: If it is something else; the message names the first value that is not a string.
+    """
+    if isinstance(values, str) or not hasattr(values, '__iter__'):
+        raise TypeError(f'{name} must be a list of strings; got {values!r}: write [{values!r}]')
+    found = values.tolist() if hasattr(values, 'tolist') else list(values)
+    for row, value in enumerate(found):
+        if not isinstance(value, str):
+            raise TypeError(f'{name} must be strings; got {value!r} at position {row}: remove it, or give a text')
+    return found
+
+
+def _padded(arrays: Sequence[Any], fill: int) -> np.ndarray:
+    values = np.full((len(arrays), max(map(len, arrays), default=0)), fill, dtype=np.int64)
+    for row, array in zip(values, arrays, strict=True):
+        row[: len(array)] = array
+    return values
+
+
+def _problem(problems: Sequence[str]) -> str:
+    """Returns why a row cannot be patched, from what each tower says; '' if one of them can and none fails."""
+    if UNALIGNED in problems:
+        return UNALIGNED
+    if '' in problems:
+        return ''
+    return next((problem for problem in problems if problem != UNCHANGED), UNCHANGED)

@@ -1,0 +1,203 @@
+"""All that the tests take from the inside of the package: what is not public is reached here and nowhere else."""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pyterrier_mech import PatchHeads
+from pyterrier_mech.anatomy import families
+from pyterrier_mech.anatomy.families import Family, register_family  # noqa: F401
+from pyterrier_mech.anatomy.families import _classify_bert as classify_bert  # noqa: F401
+from pyterrier_mech.anatomy.readouts import READOUTS  # noqa: F401
+from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
+from pyterrier_mech.attribute.relp import linearised
+from pyterrier_mech.attribute.tokens import merged  # noqa: F401
+from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
+from pyterrier_mech.evaluation import comparison
+from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
+from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
+from pyterrier_mech.frames import two_versions
+from pyterrier_mech.inputs.alignment import Aligner
+from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
+from pyterrier_mech.patch import engine
+from pyterrier_mech.patch.engine import engine_for, traced
+from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
+from pyterrier_mech.units import Site, Units  # noqa: F401
+
+# By its full name: the package may export the function under the name of the module.
+evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
+
+
+# -- rankers
+
+
+def tokenizer_of(model):
+    return model.maker.tokenizer
+
+
+def max_length_of(model):
+    return model.maker.max_length
+
+
+def module_of(model):
+    return model.map.module
+
+
+def layers_of(model):
+    """The modules of the layers."""
+    return [layer.module for layer in model.map.layers]
+
+
+@contextmanager
+def described_as(model_type, **changes):
+    """Describes a family otherwise for the length of a `with` block."""
+    family = families._FAMILIES[model_type]
+    register_family(replace(family, **changes))
+    try:
+        yield
+    finally:
+        register_family(family)
+
+
+def budget_of(model):
+    """Tokens of a batch."""
+    return model.budget.tokens
+
+
+def is_loaded(model):
+    """Whether the weights are in memory; loads nothing."""
+    return model.kept('map', model._weights_key)
+
+
+# -- pairs
+
+
+class Side(NamedTuple):
+    """One tower of a pair."""
+
+    original: dict
+    perturbed: dict
+    types: tuple
+    problem: str
+
+    def runs(self, reverse=False):
+        """The inputs of the run that is patched and of the one that it takes from."""
+        return (self.perturbed, self.original) if reverse else (self.original, self.perturbed)
+
+
+def sides(model, row, filler='a'):
+    """For every tower, the two aligned inputs of a row as the plain module takes them, without padding.
+
+    Args:
+        model: A ranker.
+        row: A mapping or a named tuple with query, text, and text_0, query_0 or both.
+        filler: As `PatchHeads` takes it.
+    """
+    row = row._asdict() if hasattr(row, '_asdict') else dict(row)
+    versions = [{field: row.get(f'{field}_0', row[field]) for field in ('query', 'text')}, row]
+    ids = [
+        {field: model.tokenize(field, [version[field]]).row(0) for field in ('query', 'text')} for version in versions
+    ]
+    aligner, found = Aligner(model.maker, filler), []
+    for tower in model.towers:
+        one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
+        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), tuple(one.marked_types()), one.problem))
+    return found
+
+
+def _inputs(model, alignment, side):
+    ids = torch.tensor(getattr(alignment, side))[None]
+    inputs = {'input_ids': ids, 'attention_mask': torch.tensor(getattr(alignment, f'{side}_mask'))[None]}
+    if model.maker.uses_segments:
+        inputs['token_type_ids'] = torch.tensor(alignment.segments)[None]
+    return inputs
+
+
+def problem_of(towers):
+    """Why a row cannot be patched, from the sides of its towers, or ''."""
+    return _problem([tower.problem for tower in towers])
+
+
+# -- patching
+
+
+def forced_effects(model, texts, heads):
+    """Changes of the pooled vectors where every pair of a text with itself is patched as if it had been edited."""
+    ids = model.tokenize('text', texts)
+    aligner = Aligner(model.maker)
+    same = [aligner.align([ids.row(0), ids.row(i)], [ids.row(0), ids.row(i)]) for i in range(len(texts))]
+    forced = [replace(one, problem='') for one in same]
+    inputs = Inputs(model, [AlignedTower(forced, model.towers[0], model.maker.pad_id)], [''] * len(texts))
+    units = sorted(Units.of(heads))
+    with model.computing():
+        vectors = PatchHeads(model)._vectors(engine_for(model), inputs, 0, np.arange(len(texts)), units, 10_000)
+    return (vectors - vectors[:1]).numpy()
+
+
+def why_not_plain(model):
+    return model.map.why_not_plain()
+
+
+def inputs_of(model, queries, texts):
+    return Inputs.plain(model, queries, texts, types=True)
+
+
+def forget_what_was_told():
+    """Has what is said once a process be said again."""
+    engine._told.clear()
+
+
+# -- attribution
+
+
+def linearised_values(model, texts):
+    """(by RelP's forward, by the model's) of the last hidden states and of every layer's heads, padding left out."""
+    inputs = Inputs.of_field(model, 'text', texts)
+    with model.computing():
+        run = traced(model.map, inputs, 0, np.arange(len(texts)))
+    with model.computing(gradients=True):
+        hidden, z = linearised(model.map, run)
+    there = run.batch.tensors['attention_mask'].bool()
+    heads = [run.values[site] for site in model.map.sites('heads')]
+    return [(mine[there], theirs[there]) for mine, theirs in zip([hidden, *z], [run.hidden, *heads], strict=True)]
+
+
+# -- circuits
+
+
+def attention_weights(model, inputs):
+    """The attention weights [rows, heads, tokens, tokens] of every layer."""
+    from pyterrier_mech.anatomy.model import Batch
+
+    batch = Batch(dict(inputs), inputs['attention_mask'])
+    with model.computing():
+        run = model.map.run(batch, record=model.map.sites('resid_pre'), contexts=True)
+        layers = zip(model.map.layers, run.values.values(), run.contexts, strict=True)
+        return [layer.pattern(x, context) for layer, x, context in layers]
+
+
+def ablation_types(model, frame):
+    """(fields, row, the types of its positions as `faithfulness` counts them, what was inserted marked), row by row."""
+    inputs = Inputs.pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
+    for tower, fields in zip(inputs.towers, model.towers, strict=True):
+        for row in range(len(frame)):
+            yield fields, row, tower.types(row, inserted=False), tower.types(row), tower.alignments[row]
+
+
+# -- evaluation
+
+
+def never_evaluate(monkeypatch, refuse):
+    """Has `refuse` called where `compare` begins to work."""
+    monkeypatch.setattr(comparison, 'values_of_queries', refuse)
+
+
+def replace_clock(monkeypatch, now, score):
+    """Has `efficiency` read another clock, and call `score` with a ranker where it would score and count."""
+    monkeypatch.setattr(evaluation_efficiency, 'perf_counter', now)
+    monkeypatch.setattr(evaluation_efficiency._Pass, 'score', lambda run: score(run.ranker))
+    monkeypatch.setattr(evaluation_efficiency, 'count_flops', lambda call: call() or 1)

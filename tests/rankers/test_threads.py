@@ -1,0 +1,79 @@
+"""Two threads on one module give what one gives: a run has the module to itself."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from toys import QUERIES, TEXTS, pairs, toy_bi_encoder, toy_cross_encoder, toy_module
+
+from pyterrier_mech import AblatedReranker, AttributeHeads, BiEncoder, CrossEncoder, PatchHeads
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*cannot be patched')
+
+
+def together(*calls, times=30):
+    """Runs calls in four threads, again and again; returns the results of each."""
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(call) for _ in range(times) for call in calls]
+        results = [future.result() for future in found]
+    return [results[i :: len(calls)] for i in range(len(calls))]
+
+
+@pytest.mark.parametrize('make', [toy_cross_encoder, lambda: toy_bi_encoder(pooling='cls')])
+def test_scores_do_not_change_hands(make):
+    model = make()
+    calls = [lambda text=text: model.score(QUERIES[:1], [text]) for text in TEXTS]
+    for alone, found in zip([call() for call in calls], together(*calls, times=60)):
+        np.testing.assert_allclose(found, [alone] * len(found), atol=1e-12)
+
+
+def test_plain_scores_beside_ablation_patching_and_gradients():
+    model, frame = toy_cross_encoder(), pairs(4)
+    calls = [
+        lambda: model.score(QUERIES[:2], TEXTS[:2]),
+        lambda: AblatedReranker(model, ['L0H0', 'L1H1', 'L1N3']).score(QUERIES[:2], TEXTS[:2]),
+        lambda: PatchHeads(model)(frame).L1H0.to_numpy(),
+        lambda: AttributeHeads(model)(frame).L1H0.to_numpy(),
+    ]
+    for alone, found in zip([call() for call in calls], together(*calls, times=10)):
+        np.testing.assert_allclose(found, [alone] * len(found), atol=1e-12)
+
+
+def test_rankers_that_share_a_module_share_its_lock():
+    module, tokenizer = toy_module('bert')
+    cross = CrossEncoder(module, tokenizer=tokenizer)
+    bi = BiEncoder(module.base_model, tokenizer=tokenizer, pooling='cls')
+    calls = [lambda: cross.score(QUERIES[:1], TEXTS[:1]), lambda: bi.encode('text', TEXTS[1:2])]
+    for alone, found in zip([call() for call in calls], together(*calls, times=60)):
+        np.testing.assert_allclose(found, [alone] * len(found), atol=1e-12)
+
+
+def test_dropout_stays_off_and_the_mode_comes_back():
+    module, tokenizer = toy_module('bert', fresh=True, hidden_dropout_prob=0.5)
+    for part in module.modules():
+        if hasattr(part, 'p'):
+            part.p = 0.5
+    model = CrossEncoder(module.train(), tokenizer=tokenizer)
+    alone = model.score(QUERIES[:1], TEXTS[:1])
+    (found,) = together(lambda: model.score(QUERIES[:1], TEXTS[:1]), times=100)
+    np.testing.assert_allclose(found, [alone] * len(found), atol=1e-12)
+    assert all(part.training for part in module.modules())
+
+
+def test_a_lazy_ranker_loads_once(tmp_path, monkeypatch):
+    from pyterrier_mech.rankers import ranker
+
+    module, tokenizer = toy_module('bert')
+    module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loads, real = [], ranker.load_module
+
+    def counted(*args, **kwargs):
+        loads.append(threading.get_ident())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ranker, 'load_module', counted)
+    model = CrossEncoder(str(tmp_path), device='cpu', dtype='float64')
+    together(lambda: model.score(QUERIES[:1], TEXTS[:1]), times=8)
+    assert len(loads) == 1

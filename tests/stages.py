@@ -1,0 +1,126 @@
+"""Every stage, for the checks of `test_contract.py`: a new stage adds one line to `STAGES`."""
+
+import numpy as np
+import torch
+from toys import frame_of, pairs, reference, wordpiece_tokenizer
+
+from pyterrier_mech import (
+    TFC1,
+    AblatedReranker,
+    AblateHeads,
+    AttentionShares,
+    AttributeHeads,
+    AttributeNeurons,
+    AttributeTokens,
+    BiEncoder,
+    CrossEncoder,
+    PatchedReranker,
+    PatchHeads,
+    Perturb,
+    PrunedReranker,
+    Random,
+    perturbation,
+)
+
+UNITS = ['L0H1', 'L1H3', 'L0N5']
+
+
+def cross(model, **settings):
+    return CrossEncoder(model, tokenizer=None if isinstance(model, str) else wordpiece_tokenizer(), **settings)
+
+
+def bi(model, **settings):
+    tokenizer = None if isinstance(model, str) else wordpiece_tokenizer()
+    return BiEncoder(model, tokenizer=tokenizer, pooling='mean', **settings)
+
+
+def pruned(model, **settings):
+    """Fitted, if there is something to fit."""
+    stage = PrunedReranker(cross(model), Random(), 0.3, **{'recovery': (), 'multiple': 8, **settings})
+    if not isinstance(model, str):
+        stage.fit(plain())
+    return stage
+
+
+def attribute(method):
+    return lambda model, **settings: AttributeHeads(cross(model), method, **settings)
+
+
+@perturbation
+def reverse(query, text):
+    return ' '.join(reversed(query.split()))
+
+
+def plain():
+    return frame_of(6).drop(columns=['score', 'rank'])
+
+
+def edited():
+    return pairs(6)
+
+
+# name: (what makes the stage from a module or a model's name, what makes its frame, whether it keeps the ranking)
+STAGES = {
+    'CrossEncoder': (cross, plain, False),
+    'BiEncoder': (bi, plain, False),
+    'Perturb': (lambda model, **settings: Perturb(TFC1(), **settings), plain, True),
+    'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
+    'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
+    'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
+    'AblateHeads': (lambda model, **settings: AblateHeads(cross(model), **settings), plain, True),
+    'AblateHeads by means': (
+        lambda model, **settings: AblateHeads(bi(model), 'mean', reference=reference(), **settings), plain, True
+    ),
+    'AblatedReranker': (
+        lambda model, units=UNITS, **settings: AblatedReranker(cross(model), units, **settings), plain, False
+    ),
+    'AblatedReranker by resampling': (
+        lambda model, units=UNITS, **settings: AblatedReranker(
+            cross(model), units, value='resample', reference=reference(), **settings
+        ), plain, False
+    ),
+    'PatchedReranker': (
+        lambda model, heads=UNITS, **settings: PatchedReranker(cross(model), heads, **settings), edited, False
+    ),
+    'AttributeHeads by patching': (attribute('attribution_patching'), edited, True),
+    'AttributeHeads by trapezoid': (attribute('trapezoid'), edited, True),
+    'AttributeHeads by RelP': (attribute('relp'), edited, True),
+    'AttributeHeads by gradient': (attribute('gradient'), plain, True),
+    'AttributeHeads by integration': (attribute('integrated_gradients'), plain, True),
+    'AttributeNeurons': (lambda model, **settings: AttributeNeurons(cross(model), **settings), plain, True),
+    'AttributeTokens': (lambda model, **settings: AttributeTokens(bi(model), **settings), plain, True),
+    'AttentionShares': (lambda model, **settings: AttentionShares(cross(model), **settings), plain, True),
+    'PrunedReranker': (pruned, plain, False),
+}  # fmt: skip
+# The setting that names units, and whether neurons may be among them.
+WITH_UNITS = {
+    'PatchHeads': ('heads', False),
+    'AblateHeads': ('heads', False),
+    'AblatedReranker': ('units', True),
+    'PatchedReranker': ('heads', True),
+    'AttributeHeads by patching': ('heads', False),
+    'AttributeHeads by gradient': ('heads', False),
+    'PrunedReranker': ('protect', True),
+}
+OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
+
+
+def modules_of(stage):
+    """The modules that a stage has: of itself, of its model, and of the model that it made."""
+    rankers = [stage, getattr(stage, 'model', None), getattr(stage, 'model_', None)]
+    return [ranker.model for ranker in rankers if isinstance(getattr(ranker, 'model', None), torch.nn.Module)]
+
+
+def new_columns(res, inp):
+    return [column for column in res.columns if column not in inp.columns]
+
+
+def close(res, expected, atol=1e-10):
+    """Equal frames, up to rounding where something was computed."""
+    assert list(res.columns) == list(expected.columns) and res.index.equals(expected.index)
+    for column in expected.columns:
+        for mine, theirs in zip(res[column], expected[column], strict=True):
+            if isinstance(theirs, (float, np.ndarray)):
+                np.testing.assert_allclose(mine, theirs, atol=atol, rtol=0, err_msg=column)
+            else:
+                assert mine == theirs, column
