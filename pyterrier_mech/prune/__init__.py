@@ -5,7 +5,6 @@ from pyterrier_mech.prune.criteria import (
     L0,
     SMA,
     Conductance,
-    Criterion,
     Fisher,
     Magnitude,
     Movement,
@@ -17,6 +16,7 @@ from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.plans.latency import latency_costs
 from pyterrier_mech.prune.plans.plan import Plan
 from pyterrier_mech.prune.plans.planning import make_plan
+from pyterrier_mech.prune.protocol import Criterion, Recovery
 from pyterrier_mech.prune.recovery.distillation import Distillation
 from pyterrier_mech.prune.recovery.fine_tuning import FineTuning
 from pyterrier_mech.prune.recovery.rescaling import Rescaling
@@ -40,6 +40,7 @@ __all__ = [
     'Plan',
     'PrunedReranker',
     'Random',
+    'Recovery',
     'Rescaling',
     'Taylor',
     'UnitScores',

@@ -1,11 +1,9 @@
-"""What a criterion is, what it may ask for, and a fair sample of the data."""
+"""What criteria and recoveries are, what they may ask for, and the checks before they work."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Protocol
 
-import numpy as np
 import pandas as pd
 
 from pyterrier_mech.prune.data import FitData
@@ -27,7 +25,9 @@ _WAYS_OUT = {
 class Criterion(Protocol):
     """A rule that says how much every head and neuron is worth keeping.
 
-    Criteria are small values: equal if their settings are, printed as the call that makes them.
+    Criteria are small values: equal if their settings are, printed as the call that makes them. One that has a method
+    `check()` has its settings checked by it before any work; one that has `qids`, or a `circuit` with such, tells the
+    queries that had a say before.
     """
 
     @property
@@ -46,14 +46,6 @@ class Criterion(Protocol):
         """
 
 
-class Needing(Protocol):
-    """Anything that says what its data must have."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Some of 'text', 'text_0' and 'qrels'."""
-
-
 class Recovery(Protocol):
     """What repairs a pruned ranker, which it may change: `Rescaling`, `Distillation`, `FineTuning`."""
 
@@ -61,29 +53,23 @@ class Recovery(Protocol):
     def needs(self) -> frozenset[str]:
         """What the data must have: some of 'text' and 'qrels'."""
 
-    def check(self) -> None:
-        """Checks the settings, before any work.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
-
     def recover(
         self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
     ) -> pd.DataFrame | None:
         """Changes the weights of `student`; returns a history, if there is one."""
 
 
-def check_needs(criterion: Needing, data: FitData | None) -> None:
-    """Checks that the data has what a criterion needs.
+def check_step(step: Any, data: FitData | None) -> None:
+    """Checks the settings of a criterion or recovery, and that the data has what it needs.
 
     Raises:
-        ValueError: If not; the message names the criterion, what is missing and the way out.
+        ValueError: If not; the message names the setting, or what is missing and the way out.
     """
+    if hasattr(step, 'check'):
+        step.check()
     for need in ('text', 'text_0', 'qrels'):
-        if need in criterion.needs and not _has(data, need):
-            name = type(criterion).__name__
-            raise ValueError(f'{name} needs {_WHAT[need]}: {_WAYS_OUT[need]}. The criterion is {criterion!r}.')
+        if need in step.needs and not _has(data, need):
+            raise ValueError(f'{type(step).__name__} needs {_WHAT[need]}: {_WAYS_OUT[need]}. It is {step!r}.')
 
 
 def _has(data: FitData | None, need: str) -> bool:
@@ -92,60 +78,48 @@ def _has(data: FitData | None, need: str) -> bool:
     if need == 'qrels':
         return data.qrels is not None
     if need == 'text_0':
-        return 'text_0' in data.frame.columns or 'query_0' in data.frame.columns
+        return data.paired
     return len(data.frame) > 0 and {'query', 'text'} <= set(data.frame.columns)
 
 
-def sample(data: FitData, count: int | None, seed: int) -> FitData:
-    """Returns at most `count` rows, as evenly spread over the queries as can be.
-
-    Which rows are drawn is a function of the seed and of the rows themselves, not of their order, and a larger draw
-    contains every smaller one.
-
-    Args:
-        data: The data.
-        count: How many rows; None leaves all.
-        seed: Of the draw.
+def check_method(name: str, step: Any, method: str, examples: str) -> None:
+    """Checks that a setting is an object that can do its work.
 
     Raises:
-        ValueError: If the count is not positive.
+        TypeError: If not.
     """
-    check_count(count)
-    if count is None or count >= len(data.frame):
-        return data
-    return take(data, np.sort(drawn_order(data, seed)[:count]))
+    if isinstance(step, type) or not callable(getattr(step, method, None)) or not hasattr(step, 'needs'):
+        raise TypeError(f'{name} must be an object with {method}(...), such as {examples}; got {step!r}')
 
 
-def check_count(count: int | None) -> None:
-    """Checks a number of pairs.
+def at_least(least: int, step: Any, *names: str) -> None:
+    """Checks that settings, where there are any, are not below a number.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If one is.
     """
-    if count is not None and count < 1:
-        raise ValueError(f'max_pairs={count} leaves nothing to look at: give 1 or more, or None for all pairs')
+    for name in names:
+        value = getattr(step, name)
+        if value is not None and not value >= least:
+            raise ValueError(f'{name} must be {least} or more; got {name}={value!r}')
 
 
-def drawn_order(data: FitData, seed: int) -> np.ndarray:
-    """Returns all row numbers in a random order that takes one row of every query before the second of any."""
-    frame = data.frame
-    names = [name for name in ('qid', 'docno', 'query', 'text', 'text_0', 'query_0') if name in frame.columns]
-    keys = [_digest(seed, *row) for row in frame[names].astype(str).itertuples(index=False, name=None)]
-    qids = frame['qid'].astype(str).tolist()
-    seen: dict[str, int] = {}
-    turns = np.zeros(len(frame), dtype=np.int64)
-    for row in sorted(range(len(frame)), key=keys.__getitem__):
-        turns[row] = seen.get(qids[row], 0)
-        seen[qids[row]] = turns[row] + 1
-    queries = {qid: _digest(seed, qid) for qid in seen}
-    order = sorted(range(len(frame)), key=lambda row: (turns[row], queries[qids[row]], keys[row]))
-    return np.asarray(order, dtype=np.int64)
+def above_zero(step: Any, *names: str) -> None:
+    """Checks that settings are above 0.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name in names:
+        if not getattr(step, name) > 0:
+            raise ValueError(f'{name} must be above 0; got {name}={getattr(step, name)!r}')
 
 
-def take(data: FitData, rows: np.ndarray) -> FitData:
-    """Returns some rows of the data, with the same judgements."""
-    return FitData(data.frame.iloc[rows].reset_index(drop=True), data.qrels)
+def check_share(name: str, value: Any, example: str) -> None:
+    """Checks that a setting is a share between 0 and 1.
 
-
-def _digest(*parts: Any) -> bytes:
-    return hashlib.sha256(repr(parts).encode()).digest()
+    Raises:
+        ValueError: If not.
+    """
+    if value is None or not 0 < value < 1:
+        raise ValueError(f'{name} must be a share between 0 and 1; got {name}={value!r}. {example}')

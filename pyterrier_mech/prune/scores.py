@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.columns import head_name
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.units import neuron_name
-
-KINDS = ('heads', 'neurons')
+from pyterrier_mech.units import KINDS, Site, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +22,7 @@ class UnitScores:
         neurons: For each layer, an array [neurons].
         joint: Whether heads and neurons are measured in the same unit, so that one may be weighed against the other.
         passes: How often the data went through the model, in forward runs of all its rows; a backward run counts two.
+        notes: What else a criterion has to tell, in plain values.
     """
 
     heads: Sequence[np.ndarray]
@@ -39,15 +37,13 @@ class UnitScores:
         Raises:
             ValueError: If not; the message names the layer.
         """
-        for kind, of_model in (('heads', model.n_heads), ('neurons', model.n_neurons)):
-            layers: Sequence[np.ndarray] = getattr(self, kind)
-            if len(layers) != model.n_layers:
-                raise ValueError(f'scores of {len(layers)} layers do not fit the {model.n_layers} of {model!r}')
-            for layer, values in enumerate(layers):
-                if np.shape(values) != (of_model(layer),):
-                    raise ValueError(
-                        f'layer {layer} has scores of shape {np.shape(values)} for its {of_model(layer)} {kind}'
-                    )
+        for kind in KINDS:
+            counts, layers = list(model.counts(kind).values()), getattr(self, kind)
+            if len(layers) != len(counts):
+                raise ValueError(f'scores of {len(layers)} layers do not fit the {len(counts)} of {model!r}')
+            for layer, (values, count) in enumerate(zip(layers, counts, strict=True)):
+                if np.shape(values) != (count,):
+                    raise ValueError(f'layer {layer} has scores of shape {np.shape(values)} for its {count} {kind}')
                 if not np.isfinite(values).all():
                     raise ValueError(f'the scores of the {kind} of layer {layer} are not all finite')
         return self
@@ -55,9 +51,9 @@ class UnitScores:
     def to_frame(self) -> pd.DataFrame:
         """Returns one row a unit: `kind` ('head' or 'neuron'), `layer`, `unit`, `name`, `score`."""
         rows = [
-            (kind[:-1], layer, unit, name(layer, unit), float(value))
-            for kind, name in (('heads', head_name), ('neurons', neuron_name))
+            (kind[:-1], layer, number, Unit(Site(kind, layer), number).name, float(value))
+            for kind in KINDS
             for layer, values in enumerate(getattr(self, kind))
-            for unit, value in enumerate(values)
+            for number, value in enumerate(values)
         ]
         return pd.DataFrame(rows, columns=['kind', 'layer', 'unit', 'name', 'score'])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech.prune.plans.plan import Plan
-from pyterrier_mech.rankers import BiEncoder, CrossEncoder
+from pyterrier_mech.rankers.bi_encoder import BiEncoder
+from pyterrier_mech.rankers.cross_encoder import CrossEncoder
+from pyterrier_mech.rankers.loading import PRUNED, kept_counts
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.saving import save_ranker
-from pyterrier_mech.saving import META, appearing, read_meta
+from pyterrier_mech.saving import META, appearing, damaged, read_meta, write_meta
 
 HISTORY = ('recovery', 'step', 'loss', 'validation')
 
@@ -31,12 +32,14 @@ class Fitted:
         plan: What stays of the unpruned one.
         history: One row a validation, with the columns `HISTORY`.
         qids: Queries that had a say.
+        name: What tells its weights and settings from others'.
     """
 
     model: Ranker
     plan: Plan
     history: pd.DataFrame
     qids: list[str]
+    name: str
 
     def save(self, path: Path, artifact: type[pt.Artifact], made_by: str, *, overwrite: bool) -> None:
         """Writes a folder, which appears when it is complete, or not at all.
@@ -57,16 +60,16 @@ class Fitted:
         with appearing(path, overwrite=overwrite, ours=ours, what=artifact.__name__) as new:
             save_ranker(self.model, new / _RANKER)
             self.plan.save(new / _PLAN)
-            history = self.history.astype(object).where(self.history.notna(), None)
             summary = {
                 'ranker': type(self.model).__name__,
-                'settings': _settings(self.model),
+                'settings': settings_of(self.model),
                 'made_by': made_by,
                 'qids': self.qids,
-                'history': history.to_dict('list'),
+                'name': self.name,
+                'history': self.history.to_dict('list'),
             }
-            meta = {**_type_of(artifact), 'package_hint': artifact.ARTIFACT_PACKAGE_HINT, 'summary': summary}  # type: ignore[attr-defined]
-            (new / META).write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
+            hint = artifact.ARTIFACT_PACKAGE_HINT  # type: ignore[attr-defined]
+            write_meta(new, {**_type_of(artifact), 'package_hint': hint, 'summary': summary})
 
     @classmethod
     def load(cls, path: Path, artifact: type[pt.Artifact]) -> Fitted:
@@ -74,32 +77,44 @@ class Fitted:
 
         Raises:
             FileNotFoundError: If there is no folder.
-            ValueError: If it holds something else.
+            ValueError: If it holds something else, is damaged, or its plan is of another ranker.
         """
         name = artifact.__name__
         if not path.exists():
-            raise FileNotFoundError(
-                f'There is no {str(path)!r}. Give a ranker to prune, e.g. {name}(CrossEncoder(...)), or the folder '
-                f'that {name}.save(path) made.'
-            )
+            raise FileNotFoundError(f'There is no {str(path)!r}: give the folder that {name}.save(path) made.')
         meta = read_meta(path)
         if not _is_of(artifact, meta):
             raise ValueError(
-                f'{str(path)!r} holds no saved {name}. To prune a model give the ranker, e.g. '
-                f'{name}(CrossEncoder(...)).'
+                f'{str(path)!r} holds no saved {name}: give the folder that {name}.save(path) made. To prune a model '
+                f'give the ranker, e.g. {name}(CrossEncoder(...)).'
             )
-        summary = meta['summary']
-        model = _RANKERS[summary['ranker']](str((path / _RANKER).resolve()), **summary['settings'])
-        history = pd.DataFrame(summary['history'], columns=list(HISTORY))
-        history = history.astype({'step': int, 'loss': float, 'validation': float})
-        return cls(model, Plan.load(path / _PLAN), history, summary['qids'])
+        folder = str((path / _RANKER).resolve())
+        try:
+            summary = meta['summary']
+            # No other setting is taken from a file: a tokenizer's name, for one, would be read from anywhere.
+            known = {key: summary['settings'][key] for key in _SETTINGS if key in summary['settings']}
+            model = _RANKERS[summary['ranker']](folder, **known)
+            history = pd.DataFrame(summary['history'], columns=list(HISTORY))
+            history = history.astype({'step': int, 'loss': float, 'validation': float})
+            found = cls(model, Plan.load(path / _PLAN), history, list(map(str, summary['qids'])), str(summary['name']))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise damaged(path / META, repr(error)) from error
+        widths = tuple([len(layer) for layer in kind] for kind in (found.plan.heads, found.plan.neurons))
+        counts = kept_counts(folder)
+        if counts != widths:
+            raise damaged(path / _PLAN, f'it keeps {widths}, and {PRUNED} of the ranker says {counts}')
+        return found
 
 
-def _settings(model: Ranker) -> dict[str, Any]:
+_SETTINGS = ('text_field', 'dtype', 'label')
+
+
+def settings_of(model: Ranker) -> dict[str, Any]:
     """Returns the settings that the files of a saved ranker do not say."""
-    own = {'label': model.label} if isinstance(model, CrossEncoder) else {}
-    dtype = model.dtype or str(next(model.encoder.module.parameters()).dtype).removeprefix('torch.')
-    return {'text_field': model.text_field, 'dtype': dtype, **own}
+    dtype = model.dtype or str(model.map.dtype).removeprefix('torch.')
+    return {'text_field': model.text_field, 'dtype': dtype} | (
+        {'label': model.label} if hasattr(model, 'label') else {}
+    )
 
 
 def _type_of(artifact: type[pt.Artifact]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from pyterrier_mech.anatomy.resizing import check_resizable, keep_units
 from pyterrier_mech.rankers.bi_encoder import BiEncoder
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.units import Units
+from pyterrier_mech.units import KINDS, Units
 
 
 def prune_units(model: Ranker, heads: Sequence[Sequence[int]], neurons: Sequence[Sequence[int]]) -> Ranker:
@@ -30,13 +31,11 @@ def prune_units(model: Ranker, heads: Sequence[Sequence[int]], neurons: Sequence
         A ranker of the same class and settings, around a smaller module of its own.
 
     Raises:
-        TypeError: If the model is no ranker.
-        ValueError: If units of the model's family cannot be removed, or it has no such units.
+        TypeError: If the model is not a ranker.
+        ValueError: If units cannot be removed from the model, or it has no such units.
     """
-    if not isinstance(model, Ranker):
-        raise TypeError(f'{model!r} is no ranker whose units could be removed: give a CrossEncoder or BiEncoder')
-    check_resizable(model.encoder.base.config.model_type)
-    module = copy.deepcopy(model.encoder.module)
+    check_prunable(model)
+    module = copy.deepcopy(model.map.module)
     keep_units(module, heads, neurons)
     return around(model, module)
 
@@ -49,37 +48,65 @@ def remove_units(model: Ranker, units: Any) -> Ranker:
         units: What is removed: what `Units.of` accepts, as in ``['L3H7', 'L3N120']``.
 
     Raises:
-        TypeError: If the units are nothing that `Units.of` accepts, or the model is no ranker.
-        ValueError: If the model has not all of these units, or units of its family cannot be removed.
+        TypeError: If the units are nothing that `Units.of` accepts, or the model is not a ranker.
+        ValueError: If the model has not all of these units, or they cannot be removed.
+    """
+    check_prunable(model)
+    left = Units.of(units).complement(model).by_site()
+    heads, neurons = ([left.get(site, []) for site in model.counts(kind)] for kind in KINDS)
+    return prune_units(model, heads, neurons)
+
+
+def check_prunable(model: Any) -> None:
+    """Checks that units can be removed from a ranker.
+
+    Raises:
+        TypeError: If it is not a ranker.
+        ValueError: If its family, or what was done to its module, does not allow it.
     """
     if not isinstance(model, Ranker):
-        raise TypeError(f'{model!r} is no ranker whose units could be removed: give a CrossEncoder or BiEncoder')
-    units = Units.of(units).check(model)
-    layers = range(model.n_layers)
-    heads = [[h for h in range(model.n_heads(layer)) if (layer, h) not in units.heads] for layer in layers]
-    neurons = [[n for n in range(model.n_neurons(layer)) if (layer, n) not in units.neurons] for layer in layers]
-    return prune_units(model, heads, neurons)
+        raise TypeError(f'model must be a ranker, such as CrossEncoder(name) or BiEncoder(name); got {model!r}')
+    check_resizable(model.map.base.config.model_type)
+    check_weights(model)
+
+
+def check_weights(model: Ranker) -> None:
+    """Checks that the weights of units are what the linear maps hold.
+
+    Raises:
+        ValueError: If not, as with an adapter; the message says why and what to do.
+    """
+    reason = model.map.why_not_plain() if model.map.family.described else ''
+    for part in [] if reason else [part for layer in model.map.layers for part in (layer.attention_out, layer.mlp_out)]:
+        if type(part) is not nn.Linear:
+            reason = f'there is a {type(part).__name__} where a Linear was expected'
+    if reason:
+        raise ValueError(
+            f'{model!r} must have the plain module that was loaded, since its weights are read or cut; {reason}. Merge '
+            "an adapter first, with peft's merge_and_unload(); remove hooks; load without quantisation, compile() and "
+            "with attn_implementation='sdpa'"
+        )
 
 
 def around(model: Ranker, module: nn.Module) -> Ranker:
     """Returns a ranker of the same class and settings around another module, with the same tokenizer.
 
     Settings that a ranker reads from files beside its model, which a module has not, are those in use.
+
+    Raises:
+        ValueError: If such a file states what no setting says.
     """
-    settings = model._settings()
-    settings.update(
-        model=module,
-        tokenizer=model.loaded.maker.tokenizer,
-        max_length=model.loaded.maker.max_length,
-        device=None,
-        dtype='tf32' if model.dtype == 'tf32' else None,
-    )
+    stated = model.stated_
+    used: dict[str, Any] = {'tokenizer': model.maker.tokenizer, 'max_length': model.maker.max_length}
     if isinstance(model, BiEncoder):
-        prefixes = model.prefixes_
-        settings.update(
-            pooling=model.pooling_,
-            similarity=model.similarity_,
-            query_prefix=prefixes['query'],
-            text_prefix=prefixes['text'],
+        used |= {name: getattr(stated, name) for name in ('pooling', 'similarity', 'normalize')}
+        used |= {'query_prefix': stated.query_prompt, 'text_prefix': stated.text_prompt}
+    made = replace(model, model=module, device=None, dtype='tf32' if model.dtype == 'tf32' else None, **used)
+    # These are the tokenizer's and the maximum length's by now, or of no effect.
+    lost = replace(stated, max_length=None, lower_case=False, unused_prompt='')
+    if made.stated_ != lost:
+        raise ValueError(
+            f'the files of {model!r} must state nothing that a ranker around a changed module cannot have; they state '
+            f'{lost!r}: save the model without a prompt, truncate_dim and include_prompt=False'
         )
-    return type(model)(**settings)
+    return made

@@ -10,11 +10,12 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from pyterrier_mech.anatomy.encoder import Encoder, Layer
-from pyterrier_mech.anatomy.resizing import check_resizable
+from pyterrier_mech.anatomy.layers import Layer
+from pyterrier_mech.prune.protocol import check_share
 from pyterrier_mech.prune.scores import UnitScores
-from pyterrier_mech.prune.surgery import around
+from pyterrier_mech.prune.surgery import around, check_prunable
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import HEADS, NEURONS
 
 _Weighted = tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]
 
@@ -38,27 +39,28 @@ def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = Non
         scores: What a criterion said of the units, e.g. `SMA().scores(model, data)`.
 
     Raises:
-        ValueError: If the sparsity is out of range, the scores are not for this ranker, or the family is another.
+        TypeError: If the model is not a ranker.
+        ValueError: If the sparsity is out of range, the scores are not for this ranker, or units cannot be removed.
 
     Source: Han, Pool, Tran, Dally, NeurIPS 2015, arXiv 1506.02626.
     """
-    if not 0 < sparsity < 1:
-        raise ValueError(f'sparsity={sparsity!r} is no share between 0 and 1; to set half to zero give 0.5')
-    check_resizable(model.encoder.base.config.model_type)
+    check_share('sparsity', sparsity, 'To set half to zero give 0.5.')
+    check_prunable(model)
     if scores is not None:
         scores.check(model)
-    module = copy.deepcopy(model.encoder.module)
-    layers = Encoder(module).layers
-    heads = _importance(None if scores is None else scores.heads, [layer.n_heads for layer in layers])
-    neurons = _importance(None if scores is None else scores.neurons, [layer.n_neurons for layer in layers])
-    parts = [part for layer, h, n in zip(layers, heads, neurons, strict=True) for part in _parts(layer, h, n)]
+    copied = around(model, copy.deepcopy(model.map.module))
+    heads = _importance(None if scores is None else scores.heads, list(model.counts(HEADS).values()))
+    neurons = _importance(None if scores is None else scores.neurons, list(model.counts(NEURONS).values()))
+    parts = [
+        part for layer, h, n in zip(copied.map.layers, heads, neurons, strict=True) for part in _parts(layer, h, n)
+    ]
     sizes = torch.cat([weigh(linear.weight.detach().abs().double()).flatten() for linear, weigh in parts])
     gone = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
     gone[sizes.argsort(stable=True)[: round(sparsity * len(sizes))]] = True
     with torch.no_grad():
         for (linear, _), mask in zip(parts, gone.split([part.weight.numel() for part, _ in parts]), strict=True):
             linear.weight.masked_fill_(mask.view_as(linear.weight), 0.0)
-    return around(model, module)
+    return copied
 
 
 def _importance(scores: Sequence[np.ndarray] | None, counts: Sequence[int]) -> list[np.ndarray]:

@@ -5,20 +5,5 @@ from pyterrier_mech.prune.criteria.causal import Conductance, Patching
 from pyterrier_mech.prune.criteria.gradient import Fisher, Taylor
 from pyterrier_mech.prune.criteria.sma import SMA
 from pyterrier_mech.prune.criteria.trained import L0, Movement
-from pyterrier_mech.prune.protocol import Criterion, Recovery, check_needs, sample
 
-__all__ = [
-    'L0',
-    'SMA',
-    'Conductance',
-    'Criterion',
-    'Fisher',
-    'Magnitude',
-    'Movement',
-    'Patching',
-    'Random',
-    'Recovery',
-    'Taylor',
-    'check_needs',
-    'sample',
-]
+__all__ = ['L0', 'SMA', 'Conductance', 'Fisher', 'Magnitude', 'Movement', 'Patching', 'Random', 'Taylor']

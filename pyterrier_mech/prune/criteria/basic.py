@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,10 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pyterrier_mech.anatomy.encoder import Layer
+from pyterrier_mech.anatomy.layers import Layer
+from pyterrier_mech.draws import generator
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.prune.surgery import check_weights
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import KINDS
 
 Of = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,7 +25,7 @@ class Random:
     """Chance: a number in [0, 1) that is a function of seed, kind, layer and unit alone. Needs no data.
 
     Args:
-        seed: Of the draw.
+        seed: Random seed.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -33,17 +34,15 @@ class Random:
 
     def scores(self, model: Ranker, data: FitData | None = None) -> UnitScores:
         """Draws a number for every unit of a ranker."""
-        layers = range(model.n_layers)
-        return UnitScores(
-            [self._draw('heads', layer, model.n_heads(layer)) for layer in layers],
-            [self._draw('neurons', layer, model.n_neurons(layer)) for layer in layers],
-        ).check(model)
+        heads, neurons = (
+            [self._draw(site.kind, site.layer, count) for site, count in model.counts(kind).items()] for kind in KINDS
+        )
+        return UnitScores(heads, neurons).check(model)
 
     def _draw(self, kind: str, layer: int, count: int) -> np.ndarray:
-        digest = hashlib.sha256(repr((int(self.seed), kind, layer)).encode()).digest()
-        generator = random.Random(int.from_bytes(digest, 'big'))
+        drawn = generator(int(self.seed), kind, layer)
         # One after the other, so that a unit's number does not depend on how many there are.
-        return np.asarray([generator.random() for _ in range(count)], dtype=np.float64)
+        return np.asarray([drawn.random() for _ in range(count)], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,15 @@ class Magnitude:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def scores(self, model: Ranker, data: FitData | None = None) -> UnitScores:
-        """Measures the weights of every unit of a ranker."""
-        encoder = model.encoder
-        heads = [_rms(head_weights(layer)) for layer in encoder.layers]
-        neurons = [_rms(neuron_weights(layer)) for layer in encoder.layers]
-        notes: dict[str, Any] = {'weights': 'all' if encoder.family.described else 'of the output maps alone'}
+        """Measures the weights of every unit of a ranker.
+
+        Raises:
+            ValueError: If its linear maps do not hold the weights that it computes with, as with an adapter.
+        """
+        check_weights(model)
+        heads = [_rms(head_weights(layer)) for layer in model.map.layers]
+        neurons = [_rms(neuron_weights(layer)) for layer in model.map.layers]
+        notes: dict[str, Any] = {'weights': 'all' if model.map.family.described else 'of the output maps alone'}
         return UnitScores(heads, neurons, notes=notes).check(model)
 
 

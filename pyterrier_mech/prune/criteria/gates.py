@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
-from pyterrier_mech.anatomy.encoder import Encoder, hooked
+from pyterrier_mech.anatomy.edits import scale
+from pyterrier_mech.anatomy.model import Edit
 from pyterrier_mech.attribute.path import not_finite
 from pyterrier_mech.attribute.points import GRAPH
-from pyterrier_mech.attribute.stage import row_names
+from pyterrier_mech.frames import row_names
 from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.patch.interventions import PlainInputs
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
+from pyterrier_mech.units import HEADS, KINDS, NEURONS, Site
 
-Gates = Sequence[torch.Tensor]
+_T = TypeVar('_T')
+# Forward runs that one forward and one backward run, which counts two, are.
+PASSES = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,34 +42,16 @@ class UnitGradients:
     neurons: list[np.ndarray]
 
 
-@contextmanager
-def gated(encoder: Encoder, heads: Gates, neurons: Gates) -> Iterator[None]:
-    """Multiplies the output of every head and neuron by its gate in every forward of the block.
+def gating(model: Ranker, gates: Sequence[torch.Tensor]) -> dict[Site, Edit]:
+    """Returns the edits that multiply the output of every head and neuron by its gate.
 
     Args:
-        encoder: An encoder; its weights are left alone.
-        heads: For each layer, gates [heads] or [rows, heads].
-        neurons: For each layer, gates [neurons] or [rows, neurons].
+        model: A ranker.
+        gates: Gates [units] or [rows, units] of the heads and then of the neurons, layer by layer.
     """
-    with ExitStack() as hooks:
-        for layer, of_heads, of_neurons in zip(encoder.layers, heads, neurons, strict=True):
-            hooks.enter_context(hooked(layer.attention_out, pre=_multiply(of_heads, layer.head_dim)))
-            hooks.enter_context(hooked(layer.mlp_out, pre=_multiply(of_neurons, 1)))
-        yield
-
-
-def _multiply(gates: torch.Tensor, width: int) -> Callable[..., Any]:
-    def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        factors = gates.repeat_interleave(width, dim=-1) if width > 1 else gates
-        return (args[0] * factors.unsqueeze(-2).to(args[0].dtype), *args[1:]), kwargs
-
-    return pre
-
-
-def score_rows(model: Ranker, inputs: PlainInputs, rows: np.ndarray) -> torch.Tensor:
-    """Returns the scores [rows] of some rows, with their graph where gradients are on."""
-    towers = range(len(model.towers))
-    return model.read([model.encoder.pooled(inputs.model_inputs(model, i, rows), model.pooling_) for i in towers])
+    heads = [scale(gate, layer.head_dim) for gate, layer in zip(gates, model.map.layers, strict=False)]
+    neurons = [scale(gate) for gate in gates[len(heads) :]]
+    return dict(zip([*model.counts(HEADS), *model.counts(NEURONS)], [*heads, *neurons], strict=True))
 
 
 def unit_gradients(model: Ranker, data: FitData) -> Iterator[UnitGradients]:
@@ -77,30 +60,30 @@ def unit_gradients(model: Ranker, data: FitData) -> Iterator[UnitGradients]:
     Raises:
         ValueError: If one is not finite; the message names the row.
     """
-    inputs = PlainInputs.of(model, data.queries, data.texts)
-    encoder = model.encoder
-    like = next(encoder.module.parameters())
+    inputs = data.inputs(model)
+    like = next(model.map.module.parameters())
+    counts = [count for kind in KINDS for count in model.counts(kind).values()]
 
     def step(rows: np.ndarray) -> UnitGradients:
-        widths = [layer.n_heads for layer in encoder.layers], [layer.n_neurons for layer in encoder.layers]
-        heads, neurons = [[like.new_ones(len(rows), n).requires_grad_() for n in kind] for kind in widths]
-        with gated(encoder, heads, neurons):
-            scores = score_rows(model, inputs, rows)
+        gates = [like.new_ones(len(rows), count).requires_grad_() for count in counts]
+        scores = model.run(inputs, rows, edits=gating(model, gates))
         # A layer without heads or neurons may leave its maps out.
-        gradients = torch.autograd.grad(scores.sum(), [*heads, *neurons], allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(scores.sum(), gates, allow_unused=True, materialize_grads=True)
         values = [as_numpy(gradient) for gradient in gradients]
-        return UnitGradients(rows, as_numpy(scores), values[: len(heads)], values[len(heads) :])
+        return UnitGradients(rows, as_numpy(scores), values[: model.n_layers], values[model.n_layers :])
 
+    for rows, result in with_gradients(model, inputs.lengths, step, verbose=model.verbose):
+        good = np.isfinite(result.scores)
+        for values in [*result.heads, *result.neurons]:
+            good &= np.isfinite(values).all(axis=1)
+        if not good.all():
+            raise not_finite(row_names(data.frame.iloc[rows[~good]]), model)
+        yield result
+
+
+def with_gradients(
+    model: Ranker, lengths: np.ndarray, step: Callable[[np.ndarray], _T], *, verbose: bool
+) -> Iterator[tuple[np.ndarray, _T]]:
+    """Runs `step` over all rows as `in_batches` does, with gradients on."""
     with model.computing(gradients=True):
-        budget, verbose = model.loaded.budget, model.verbose
-        for rows, result in in_batches(GRAPH * inputs.lengths, budget, step, verbose=verbose, desc='gradients'):
-            _check_finite(model, data, rows, result)
-            yield result
-
-
-def _check_finite(model: Ranker, data: FitData, rows: np.ndarray, result: UnitGradients) -> None:
-    good = np.isfinite(result.scores)
-    for values in [*result.heads, *result.neurons]:
-        good &= np.isfinite(values).all(axis=1)
-    if not good.all():
-        raise not_finite(row_names(data.frame.iloc[rows[~good]]), model)
+        yield from in_batches(GRAPH * lengths, model.budget, step, verbose=verbose, desc='gradients')

@@ -6,19 +6,18 @@ Both read g[i, u] = Σ_t z·∂s_i/∂z, the derivative of the score of pair i b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pyterrier_mech.prune.criteria.gates import unit_gradients
-from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.protocol import check_needs, sample, take
+from pyterrier_mech.prune.criteria.gates import PASSES, unit_gradients
+from pyterrier_mech.prune.data import FitData, sample, take
+from pyterrier_mech.prune.protocol import at_least, check_step
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import KINDS
 
 LOSSES = ('score', 'labels')
-# One forward and one backward run, which counts two.
-PASSES = 3.0
 
 
 @dataclass(frozen=True)
@@ -35,34 +34,42 @@ class _Gradient:
         """What the data must have: texts, and judgements where the loss is of labels."""
         return frozenset({'text', 'qrels'} if self.loss == 'labels' else {'text'})
 
-    def _means(
-        self, model: Ranker, data: FitData, power: Callable[[np.ndarray], np.ndarray]
-    ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, int]]:
-        """Returns the means over pairs of `power` of w·g, for heads and neurons, and how many pairs there were."""
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: If one is unknown or out of range.
+        """
+        at_least(1, self, 'max_pairs')
         if self.loss not in LOSSES:
-            raise ValueError(f'loss={self.loss!r} is none of {LOSSES}')
-        check_needs(self, data)
+            raise ValueError(f'loss must be one of {LOSSES}; got loss={self.loss!r}')
+
+    def _scores(
+        self, model: Ranker, data: FitData, power: Callable[[np.ndarray], np.ndarray], joint: bool = False
+    ) -> UnitScores:
+        """Returns the means over pairs of `power` of w·g."""
+        check_step(self, data)
         if self.loss == 'labels' and len(model.towers) > 1:
             raise ValueError(f"{model!r} gives similarities, no logits of relevance: use loss='score', not 'labels'")
-        data = data.plain
-        notes = {}
+        n_rows, data, notes = len(data.frame), data.plain, {}
         if self.loss == 'labels':
             judged = np.flatnonzero(data.labels().notna().to_numpy())
-            notes['unjudged'] = len(data.frame) - len(judged)
+            notes['unjudged'] = n_rows - len(judged)
             data = take(data, judged)
         data = sample(data, self.max_pairs, self.seed)
         notes['pairs'] = len(data.frame)
         relevant = (data.labels() >= self.min_rel).to_numpy() if self.loss == 'labels' else None
-        sums = {'heads': [0.0] * model.n_layers, 'neurons': [0.0] * model.n_layers}
+        sums: dict[str, list[np.ndarray]] = {}
         for batch in unit_gradients(model, data):
             weights = np.ones(len(batch.rows))
             if relevant is not None:
                 weights = _sigmoid(batch.scores) - relevant[batch.rows]
-            for kind, totals in sums.items():
-                for layer, g in enumerate(getattr(batch, kind)):
-                    totals[layer] = totals[layer] + power(weights[:, None] * g).sum(0)
-        heads, neurons = [[np.asarray(total) / len(data.frame) for total in totals] for totals in sums.values()]
-        return heads, neurons, notes
+            for kind in KINDS:
+                added = [power(weights[:, None] * g).sum(0) for g in getattr(batch, kind)]
+                sums[kind] = [a + b for a, b in zip(sums[kind], added, strict=True)] if kind in sums else added
+        means = ([total / len(data.frame) for total in sums[kind]] for kind in KINDS)
+        passes = PASSES * notes['pairs'] / n_rows
+        return UnitScores(*means, joint=joint, passes=passes, notes=dict(notes)).check(model)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Taylor(_Gradient):
         loss: 'score' or 'labels'.
         min_rel: The lowest label that is relevant.
         max_pairs: How many pairs are looked at, drawn evenly from the queries; by default all.
-        seed: Of that draw.
+        seed: Random seed of the draw.
         normalize: Whether the scores of every layer, heads and neurons apart, are divided by their L2 norm, so that
             every layer counts the same.
 
@@ -95,11 +102,11 @@ class Taylor(_Gradient):
         Raises:
             ValueError: If a setting is not known, the data lacks what is needed, or a gradient is not finite.
         """
-        heads, neurons, notes = self._means(model, data, np.abs)
-        if self.normalize:
-            heads, neurons = [_unit_norm(layer) for layer in heads], [_unit_norm(layer) for layer in neurons]
-        passes = PASSES * notes['pairs'] / len(data.frame)
-        return UnitScores(heads, neurons, passes=passes, notes=dict(notes)).check(model)
+        found = self._scores(model, data, np.abs)
+        if not self.normalize:
+            return found
+        heads, neurons = ([_unit_norm(layer) for layer in layers] for layers in (found.heads, found.neurons))
+        return replace(found, heads=heads, neurons=neurons)
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Fisher(_Gradient):
         loss: 'score' or 'labels'.
         min_rel: The lowest label that is relevant.
         max_pairs: How many pairs are looked at, drawn evenly from the queries; by default all.
-        seed: Of that draw.
+        seed: Random seed of the draw.
 
     Source: Kwon et al., NeurIPS 2022, arXiv 2204.09656.
     """
@@ -126,10 +133,7 @@ class Fisher(_Gradient):
         Raises:
             ValueError: If a setting is not known, the data lacks what is needed, or a gradient is not finite.
         """
-        heads, neurons, notes = self._means(model, data, np.square)
-        return UnitScores(
-            heads, neurons, joint=True, passes=PASSES * notes['pairs'] / len(data.frame), notes=dict(notes)
-        ).check(model)
+        return self._scores(model, data, np.square, joint=True)
 
 
 def _sigmoid(scores: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from pyterrier_mech.circuits.roles import FLOWS, ODDS, SHARE, AttentionShares, h
 from pyterrier_mech.patch.ablate import AblateHeads
 from pyterrier_mech.prune.criteria.causal import (
     Perturbing,
+    check_perturbation,
     mean_effects,
     patch_stage,
     patchable,
@@ -21,12 +22,12 @@ from pyterrier_mech.prune.criteria.causal import (
     variants,
 )
 from pyterrier_mech.prune.criteria.gates import unit_gradients
-from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.protocol import check_count, check_needs, sample
+from pyterrier_mech.prune.data import FitData, sample
+from pyterrier_mech.prune.protocol import at_least, check_step
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.results import HeadEffects
-from pyterrier_mech.units import Units
+from pyterrier_mech.units import HEADS, NEURONS, Site, Unit, Units
 
 Layers = list[np.ndarray]
 
@@ -38,7 +39,7 @@ _LEAST = 0.1
 
 @dataclass(frozen=True)
 class SMA:
-    """Sparse mechanistic analysis: performance effect × role strength, circuit members three times as likely to stay.
+    """Sparse mechanistic analysis: performance effect × role strength, the odds of circuit members to stay tripled.
 
     *Performance effect.* Of a head, the mean over pairs of how far the score moves when the head's output is zero
     (exact, as `AblateHeads`); of a neuron, the first-order estimate of the same, mean `|g|` (as `Taylor`).
@@ -51,8 +52,8 @@ class SMA:
     there are no judged pairs of both kinds, neurons have; `notes` says so.
 
     *Importance* is the product. Ranked within its kind over all layers, a unit gets r = (rank − ½) / n, 1 the best, and
-    the odds r / (1 − r); those of circuit members are multiplied by `odds`, and the score is the probability that
-    comes out. So heads and neurons are not joint.
+    the odds r / (1 − r); those of circuit members are multiplied by `protection`, and the score is the probability
+    that comes out. So heads and neurons are not joint.
 
     *Circuit.* What is given as `circuit`. Else, where the data has two versions of each text or a perturbation makes
     them, it is discovered: the heads with the largest share of the score change, as `discover_circuit` takes them (a
@@ -63,11 +64,11 @@ class SMA:
     Args:
         circuit: A `Circuit`, `Units`, or names of heads and neurons.
         perturbation: What makes second versions, as in `Patching`.
-        odds: How many times the odds of circuit members are multiplied; 1 is no protection.
+        protection: How many times the odds of circuit members are multiplied; 1 is no protection.
         role_weighting: Whether role strength counts; otherwise the effect alone is the importance.
         max_pairs: How many pairs are looked at, drawn evenly from the queries; None for all.
         min_rel: The lowest label that is relevant.
-        seed: Of the draw of pairs, and of the intervals in discovery.
+        seed: Random seed of the draw of pairs, and of the intervals in discovery.
 
     Attributes:
         qids: Queries that the given circuit was found on: they had a say in what is kept.
@@ -80,7 +81,7 @@ class SMA:
 
     circuit: Any = None
     perturbation: Perturbing | None = None
-    odds: float = 3.0
+    protection: float = 3.0
     role_weighting: bool = True
     max_pairs: int | None = 200
     min_rel: int = 1
@@ -93,6 +94,21 @@ class SMA:
             object.__setattr__(self, 'qids', tuple(getattr(self.circuit, 'qids', self.qids)))
             object.__setattr__(self, 'circuit', Units.of(self.circuit))
 
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            TypeError: If the perturbation is neither a function nor a stage.
+            ValueError: If one is out of range.
+        """
+        check_perturbation(self.perturbation)
+        at_least(1, self, 'max_pairs')
+        if not 1 <= self.protection < np.inf:
+            raise ValueError(
+                f'protection must be 1 (no protection) or more; got protection={self.protection!r}. For members three '
+                'times as likely to stay give 3.'
+            )
+
     def scores(self, model: Ranker, data: FitData) -> UnitScores:
         """Scores every unit of a ranker by the probability that it should stay.
 
@@ -100,10 +116,7 @@ class SMA:
             ValueError: If a setting is out of range, the ranker lacks a unit of the circuit, the data has no texts, or
                 none of its pairs can be patched.
         """
-        if not 1 <= self.odds < np.inf:
-            raise ValueError(f'odds={self.odds} would not protect the circuit: give 1 (no protection) or more')
-        check_count(self.max_pairs)
-        check_needs(self, data)
+        check_step(self, data)
         if self.circuit is not None:
             self.circuit.check(model)
         some = sample(_labelled(data), self.max_pairs, self.seed)
@@ -119,16 +132,19 @@ class SMA:
         members, found, patched = self._members(model, some, neurons)
         passes = (passes + patched) * len(some.frame) / len(data.frame)
         notes |= {'circuit': members.names, **found}
-        kept = _probabilities(heads, members.heads, self.odds), _probabilities(neurons, members.neurons, self.odds)
-        return UnitScores(kept[0], kept[1], passes=passes, notes=notes).check(model)
+        kept = (
+            _probabilities(layers, members.of_kind(kind), self.protection)
+            for kind, layers in ((HEADS, heads), (NEURONS, neurons))
+        )
+        return UnitScores(*kept, passes=passes, notes=notes).check(model)
 
     def _members(self, model: Ranker, data: FitData, neurons: Layers) -> tuple[Units, dict[str, Any], float]:
         """Returns the circuit, notes on where it comes from, and the passes that it took."""
         if self.circuit is not None:
             return self.circuit, {'protection': 'given'}, 0.0
-        if self.odds == 1:
-            return Units(), {'protection': 'none: odds=1'}, 0.0
-        if self.perturbation is None and 'text_0' not in data.frame.columns:
+        if self.protection == 1:
+            return Units(), {'protection': 'none: protection=1'}, 0.0
+        if self.perturbation is None and not data.paired:
             return Units(), {'protection': 'none: no circuit, and no second version of the texts to find one'}, 0.0
         frame, unpatchable = patchable(model, two_versions_of(data, self.perturbation))
         heads = _circuit_heads(model, frame, self.seed)
@@ -141,8 +157,7 @@ def _neurons(model: Ranker, data: FitData, min_rel: int) -> tuple[Layers, Layers
     """Returns mean |g| of every neuron, and its selectivity where there are judged pairs of both kinds."""
     labels = data.frame['label'].to_numpy() if 'label' in data.frame.columns else np.full(len(data.frame), np.nan)
     relevant, others = labels >= min_rel, labels < min_rel
-    counts = [model.n_neurons(layer) for layer in range(model.n_layers)]
-    sums = [np.zeros((5, count)) for count in counts]
+    sums = [np.zeros((5, count)) for count in model.counts(NEURONS).values()]
     for batch in unit_gradients(model, data):
         picks = np.stack([np.ones(len(batch.rows), dtype=bool), relevant[batch.rows], others[batch.rows]])
         for total, g in zip(sums, batch.neurons, strict=True):
@@ -166,10 +181,11 @@ def _labelled(data: FitData) -> FitData:
 
 def _head_strengths(model: Ranker, data: FitData) -> Layers | None:
     """Returns the role strength of every head, or None where attention cannot be seen from query to text."""
-    if len(model.towers) > 1 or not model.encoder.family.described or not any(model.head_counts):
+    counts = list(model.counts(HEADS).values())
+    if len(model.towers) > 1 or model.map.why_not_plain() or not any(counts):
         return None
     roles = head_roles(AttentionShares(model, text_field='text').transform(data.frame))
-    strengths = [np.zeros(count) for count in model.head_counts]
+    strengths = [np.zeros(count) for count in counts]
     for row in roles.to_dict('records'):
         strengths[row['layer']][row['head']] = _strength(row)
     return strengths
@@ -192,7 +208,7 @@ def _weighted(effects: Layers, strengths: Layers | None) -> Layers:
 def _circuit_heads(model: Ranker, frame: pd.DataFrame, seed: int) -> Units:
     """Returns the heads that carry the score change; none where no interval of an effect excludes 0."""
     # With one query there are no intervals.
-    if frame['qid'].nunique() < 2 or not any(model.head_counts):
+    if frame['qid'].nunique() < 2 or not any(model.counts(HEADS).values()):
         return Units()
     effects = HeadEffects.from_frame(patch_stage(model).transform(frame), seed=seed)
     table = effects.to_frame()
@@ -203,20 +219,19 @@ def _circuit_heads(model: Ranker, frame: pd.DataFrame, seed: int) -> Units:
 
 def _top(layers: Layers, share: float) -> Units:
     """Returns the neurons of the highest importance over all layers."""
-    units = [(layer, unit) for layer, values in enumerate(layers) for unit in range(len(values))]
+    units = [Unit(Site(NEURONS, layer), i) for layer, values in enumerate(layers) for i in range(len(values))]
     order = np.argsort(-np.concatenate(layers), kind='stable')[: max(1, round(share * len(units)))]
-    return Units(neurons=frozenset(units[place] for place in order if units))
+    return Units(units[place] for place in order)
 
 
-def _probabilities(layers: Layers, members: frozenset[tuple[int, int]], odds: float) -> Layers:
+def _probabilities(layers: Layers, members: Units, protection: float) -> Layers:
     """Returns the probability of staying of every unit of one kind."""
     values = np.concatenate(layers)
     ranks = (rankdata(values) - 0.5) / max(1, len(values))
-    ends = np.cumsum([len(layer) for layer in layers])
-    kept = [part.copy() for part in np.split(ranks, ends[:-1])]
-    for layer, unit in members:
-        chance = odds * kept[layer][unit] / (1 - kept[layer][unit])
-        kept[layer][unit] = chance / (1 + chance)
+    kept = [part.copy() for part in np.split(ranks, np.cumsum([len(layer) for layer in layers])[:-1])]
+    for site, number in members:
+        chance = protection * kept[site.layer][number] / (1 - kept[site.layer][number])
+        kept[site.layer][number] = chance / (1 + chance)
     return kept
 
 

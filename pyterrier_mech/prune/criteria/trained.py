@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -14,16 +14,14 @@ import pyterrier as pt
 import torch
 import torch.nn.functional as F
 
-from pyterrier_mech.anatomy.encoder import Encoder
-from pyterrier_mech.attribute.points import GRAPH
-from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.patch.interventions import PlainInputs
+from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.prune.criteria.basic import head_weights, neuron_weights
-from pyterrier_mech.prune.criteria.gates import gated, score_rows
-from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune.criteria.gates import PASSES, gating, with_gradients
+from pyterrier_mech.prune.data import FitData, drawn_order, take
 from pyterrier_mech.prune.plans.costs import flop_costs
-from pyterrier_mech.prune.protocol import check_needs, drawn_order, take
+from pyterrier_mech.prune.protocol import above_zero, at_least, check_share, check_step
 from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.prune.surgery import around, check_weights
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 Tensors = list[torch.Tensor]
@@ -51,11 +49,11 @@ class L0:
     and neurons against each other with their costs; so that a plan does not count costs twice, they are not joint.
 
     Args:
-        steps: Training steps.
-        learning_rate: Of Adam, for log α and λ.
+        steps: Steps of the optimizer.
+        learning_rate: Step size of Adam, for log α and λ.
         target: The share of the operations of the layers that is to be kept.
         batch_pairs: Pairs of a step.
-        seed: Of the draw of pairs and of the noise. Neither depends on row order or `batch_tokens`.
+        seed: Random seed of the draw of pairs and of the noise. Neither depends on row order or `batch_tokens`.
 
     Source: Louizos, Welling, Kingma, ICLR 2018, arXiv 1712.01312; the Lagrangian: Wang, Wohlwend, Lei, EMNLP 2020,
     arXiv 1910.04732.
@@ -69,40 +67,53 @@ class L0:
     batch_pairs: int = 16
     seed: int = 0
 
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        at_least(1, self, 'steps', 'batch_pairs')
+        above_zero(self, 'learning_rate')
+        check_share('target', self.target, 'To keep half give 0.5.')
+
     def scores(self, model: Ranker, data: FitData) -> UnitScores:
         """Scores every unit of a ranker by the probability that its gate is open.
 
         Raises:
             ValueError: If a setting is out of range, or the data lacks texts.
         """
-        _check_training(self.steps, self.learning_rate, self.batch_pairs)
-        if not 0 < self.target < 1:
-            raise ValueError(f'target={self.target} is no share between 0 and 1; to keep half give 0.5')
-        check_needs(self, data)
+        check_step(self, data)
         data = data.plain
         chosen = drawn_order(data, self.seed)[: self.steps * self.batch_pairs]
         some = take(data, chosen)
         alphas, share = self._train(model, some)
         kept = [as_numpy(torch.sigmoid(alpha.double() - _SHIFT)) for alpha in alphas]
-        passes = (len(chosen) + 3 * self.steps * min(self.batch_pairs, len(chosen))) / len(data.frame)
+        passes = (len(chosen) + PASSES * self.steps * min(self.batch_pairs, len(chosen))) / len(data.frame)
         notes = {'kept': share, 'pairs': len(chosen)}
         return UnitScores(kept[: model.n_layers], kept[model.n_layers :], passes=passes, notes=notes).check(model)
 
     def _train(self, model: Ranker, data: FitData) -> tuple[Tensors, float]:
         """Returns log α of the heads and then of the neurons, layer by layer, and the expected share that is kept."""
-        dense = torch.from_numpy(model.score(data.queries, data.texts)).to(model.encoder.device)
-        scale = float(dense.double().var(correction=0)) or 1.0
-        inputs = PlainInputs.of(model, data.queries, data.texts)
+        dense = torch.from_numpy(model.score(data.queries, data.texts)).to(model.map.device)
+        variance = float(dense.double().var(correction=0)) or 1.0
+        inputs = data.inputs(model)
         costs = _cost_shares(model, float(inputs.lengths.mean()))
         alphas = [torch.full_like(cost, _START).requires_grad_() for cost in costs]
-        multipliers = torch.zeros(2, device=model.encoder.device, requires_grad=True)
+        multipliers = torch.zeros(2, device=model.map.device, requires_grad=True)
         optimizer = torch.optim.Adam(alphas, lr=self.learning_rate)
         ascent = torch.optim.Adam([multipliers], lr=self.learning_rate, maximize=True)
         generator = torch.Generator().manual_seed(self.seed)
         for step in pt.tqdm(range(self.steps), desc='L0', disable=not model.verbose):
             rows = _turn(len(dense), self.batch_pairs, step)
             noise = [_noise(len(rows), alpha, generator) for alpha in alphas]
-            gradients = _error_gradients(model, inputs, rows, alphas, noise, dense, scale)
+
+            def error(part: np.ndarray, rows: np.ndarray = rows, noise: Tensors = noise) -> torch.Tensor:
+                gates = [_gate(alpha, uniform[part]) for alpha, uniform in zip(alphas, noise, strict=True)]
+                scores = model.run(inputs, rows[part], edits=gating(model, gates))
+                return (scores - dense[rows[part]]).double().square().sum() / (len(rows) * variance)
+
+            gradients = _gradients(model, inputs.lengths[rows], alphas, error)
             wanted = 1 - (1 - self.target) * min(1.0, 2 * (step + 1) / self.steps)
             with torch.enable_grad():
                 excess = _expected(alphas, costs) - wanted
@@ -126,10 +137,10 @@ class Movement:
     sums over more, so heads and neurons are not joint.
 
     Args:
-        steps: Fine-tuning steps. The gradient of each is taken before the step.
-        learning_rate: Of Adam.
+        steps: Steps of the optimizer. The gradient of each is taken before the step.
+        learning_rate: Step size of Adam.
         batch_pairs: Pairs of texts of a step.
-        seed: Of the draw of queries and texts, which does not depend on row order or `batch_tokens`.
+        seed: Random seed of the draw of queries and texts, which does not depend on row order or `batch_tokens`.
 
     Source: Sanh, Wolf, Rush, NeurIPS 2020, arXiv 2005.07683; there the score also masks the weights in training, here
     the weights stay whole.
@@ -142,15 +153,24 @@ class Movement:
     batch_pairs: int = 8
     seed: int = 0
 
+    def check(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        at_least(1, self, 'steps', 'batch_pairs')
+        above_zero(self, 'learning_rate')
+
     def scores(self, model: Ranker, data: FitData) -> UnitScores:
         """Scores every unit of a ranker; the copy is thrown away.
 
         Raises:
-            ValueError: If a setting is out of range, the data lacks texts or judgements, or no query has two texts
-                with different labels.
+            ValueError: If a setting is out of range, the data lacks texts or judgements, no query has two texts with
+                different labels, or the ranker's linear maps do not hold its weights.
         """
-        _check_training(self.steps, self.learning_rate, self.batch_pairs)
-        check_needs(self, data)
+        check_step(self, data)
+        check_weights(model)
         data = data.plain
         contrasts = _contrasts(data, drawn_order(data, self.seed))
         pairs = _draw_pairs(contrasts, self.steps * self.batch_pairs, self.seed)
@@ -158,25 +178,18 @@ class Movement:
         pairs = places.reshape(pairs.shape)
         some = take(data, rows)
         twin = _twin(model)
-        inputs = PlainInputs.of(twin, some.queries, some.texts)
-        parameters = list(twin.encoder.module.parameters())
+        inputs, parameters = some.inputs(twin), list(twin.map.module.parameters())
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
-        layers = twin.encoder.layers
+        layers = twin.map.layers
         heads, neurons = [np.zeros(layer.n_heads) for layer in layers], [np.zeros(layer.n_neurons) for layer in layers]
         for step in pt.tqdm(range(self.steps), desc='Movement', disable=not model.verbose):
-            _pairwise_gradients(twin, inputs, pairs[step * self.batch_pairs : (step + 1) * self.batch_pairs])
+            _set_gradients(twin, inputs, pairs[step * self.batch_pairs : (step + 1) * self.batch_pairs], parameters)
             for i, layer in enumerate(layers):
                 heads[i] += _summed(head_weights(layer, _movement))
                 neurons[i] += _summed(neuron_weights(layer, _movement))
             optimizer.step()
         notes = {'queries': len(contrasts)}
-        return UnitScores(heads, neurons, passes=6 * len(pairs) / len(data.frame), notes=notes).check(model)
-
-
-def _check_training(steps: int, learning_rate: float, batch_pairs: int) -> None:
-    for name, value in (('steps', steps), ('learning_rate', learning_rate), ('batch_pairs', batch_pairs)):
-        if not value > 0:
-            raise ValueError(f'{name}={value} trains nothing: give a number above 0')
+        return UnitScores(heads, neurons, passes=2 * PASSES * len(pairs) / len(data.frame), notes=notes).check(model)
 
 
 def _turn(n_rows: int, size: int, step: int) -> np.ndarray:
@@ -191,9 +204,9 @@ def _turn(n_rows: int, size: int, step: int) -> np.ndarray:
 def _cost_shares(model: Ranker, tokens: float) -> Tensors:
     """Returns the share of every unit in the operations of the layers: heads, then neurons, layer by layer."""
     costs = flop_costs(model, tokens)
-    dtype = torch.promote_types(next(model.encoder.module.parameters()).dtype, torch.float32)
+    dtype = torch.promote_types(model.map.dtype, torch.float32)
     return [
-        torch.as_tensor(np.diff(layer) / (costs.whole - costs.fixed), dtype=dtype, device=model.encoder.device)
+        torch.as_tensor(np.diff(layer) / (costs.whole - costs.fixed), dtype=dtype, device=model.map.device)
         for layer in [*costs.heads, *costs.neurons]
     ]
 
@@ -215,34 +228,17 @@ def _expected(alphas: Tensors, costs: Tensors) -> torch.Tensor:
     return torch.stack(kept).sum()
 
 
-def _error_gradients(
-    model: Ranker,
-    inputs: PlainInputs,
-    rows: np.ndarray,
-    alphas: Tensors,
-    noise: Tensors,
-    dense: torch.Tensor,
-    scale: float,
+def _gradients(
+    model: Ranker, lengths: np.ndarray, wanted: Tensors, loss: Callable[[np.ndarray], torch.Tensor]
 ) -> Tensors:
-    """Returns the gradients of the mean squared error of some rows, divided by `scale`, by log α."""
+    """Returns the gradients of a loss that is a sum over rows, by some tensors, summed over batches."""
 
     def step(part: np.ndarray) -> Tensors:
-        gates = [_gate(alpha, uniform[part]) for alpha, uniform in zip(alphas, noise, strict=True)]
-        with gated(model.encoder, gates[: model.n_layers], gates[model.n_layers :]):
-            scores = score_rows(model, inputs, rows[part])
-        error = (scores - dense[rows[part]]).double().square().sum() / (len(rows) * scale)
-        return list(torch.autograd.grad(error, alphas, allow_unused=True, materialize_grads=True))
+        return list(torch.autograd.grad(loss(part), wanted, allow_unused=True, materialize_grads=True))
 
-    return _sums(model, inputs.lengths[rows], step)
-
-
-def _sums(model: Ranker, lengths: np.ndarray, step: Callable[[np.ndarray], Tensors]) -> Tensors:
-    """Returns the sums over batches of what `step` makes of them, with gradients on."""
-    with model.computing(gradients=True):
-        results: Iterator[Tensors] = (result for _, result in in_batches(GRAPH * lengths, model.loaded.budget, step))
-        total = next(results)
-        for result in results:
-            total = [a + b for a, b in zip(total, result, strict=True)]
+    total: Tensors = []
+    for _, found in with_gradients(model, lengths, step, verbose=False):
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     return total
 
 
@@ -283,24 +279,18 @@ def _draw_pairs(contrasts: list[tuple[np.ndarray, np.ndarray]], count: int, seed
 
 def _twin(model: Ranker) -> Ranker:
     """Returns a ranker with weights of its own, in float32 where they were of half precision."""
-    module = copy.deepcopy(model.encoder.module).requires_grad_(True)
-    if next(module.parameters()).dtype in (torch.float16, torch.bfloat16):
-        module = module.float()
-    twin = copy.copy(model)
-    twin._loaded = replace(model.loaded, encoder=Encoder(module))
-    return twin
+    module = copy.deepcopy(model.map.module).requires_grad_(True)
+    return around(model, module.float() if model.map.dtype in (torch.float16, torch.bfloat16) else module)
 
 
-def _pairwise_gradients(twin: Ranker, inputs: PlainInputs, pairs: np.ndarray) -> None:
+def _set_gradients(twin: Ranker, inputs: Inputs, pairs: np.ndarray, parameters: Tensors) -> None:
     """Sets the gradients of the pairwise logistic loss of some pairs of rows."""
-    parameters = list(twin.encoder.module.parameters())
 
-    def step(part: np.ndarray) -> Tensors:
-        higher, lower = score_rows(twin, inputs, pairs[part].T.ravel()).chunk(2)
-        loss = F.softplus(lower - higher).sum() / len(pairs)
-        return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+    def loss(part: np.ndarray) -> torch.Tensor:
+        higher, lower = twin.run(inputs, pairs[part].T.ravel()).chunk(2)
+        return F.softplus(lower - higher).sum() / len(pairs)
 
-    gradients = _sums(twin, inputs.lengths[pairs].max(1) * 2, step)
+    gradients = _gradients(twin, inputs.lengths[pairs].max(1) * 2, parameters, loss)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 

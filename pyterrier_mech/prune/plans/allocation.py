@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyterrier_mech.prune.plans.costs import Costs
-from pyterrier_mech.prune.scores import KINDS, UnitScores
-from pyterrier_mech.units import Units
+from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.units import KINDS, Site, Units
 
 # How far an adaptive allocation may go from the uniform one: a layer keeps at most twice, at least half of its share.
 _FACTOR = 2.0
@@ -50,7 +50,7 @@ def stacks(scores: UnitScores, costs: Costs, protected: Units, multiples: dict[s
     for layer in range(len(scores.heads)):
         for kind in KINDS:
             values = np.asarray(getattr(scores, kind)[layer], dtype=float)
-            kept = [unit for at, unit in getattr(protected, kind) if at == layer]
+            kept = [unit.index for unit in protected.at(Site(kind, layer))]
             must = np.isin(np.arange(len(values)), kept)
             order = np.lexsort((np.arange(len(values)), -values, ~must))
             edges = np.unique(np.append(np.arange(0, len(values), multiples[kind]), len(values)))

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
-from pyterrier_mech.anatomy.encoder import Layer
+from pyterrier_mech.anatomy.layers import Layer
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import KINDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Costs:
             ValueError: If not.
         """
         ours = [[len(costs) - 1 for costs in kind] for kind in (self.heads, self.neurons)]
-        theirs = [model.head_counts, [model.n_neurons(layer) for layer in range(model.n_layers)]]
+        theirs = [list(model.counts(kind).values()) for kind in KINDS]
         if ours != theirs:
             raise ValueError(
                 f'these costs are for a model with {ours[0]} heads and {ours[1]} neurons; {model!r} has {theirs[0]} '
@@ -58,8 +60,9 @@ class Costs:
 def parameter_costs(model: Ranker) -> Costs:
     """Returns the parameters of the encoder's layers; what no unit owns (norms, output biases) is fixed."""
     heads, neurons, owned = [], [], 0
-    every = sum(p.numel() for layer in model.encoder.layers for p in layer.module.parameters())
-    for layer in model.encoder.layers:
+    layers = model.map.layers
+    every = sum(p.numel() for layer in layers for p in layer.module.parameters())
+    for layer in layers:
         # The biases of the output maps stay when all units are gone.
         one_head = layer.head_dim * (sum(map(_of_a_row, layer.qkv_parts)) + layer.attention_out.out_features)
         one_neuron = _of_a_row(layer.mlp_in) + layer.mlp_out.out_features
@@ -72,18 +75,23 @@ def parameter_costs(model: Ranker) -> Costs:
 def flop_costs(model: Ranker, tokens: float) -> Costs:
     """Returns the floating-point operations that scoring executes in the layers for a sequence of `tokens` tokens.
 
-    They are those of matrix products, two for a multiplication and addition. Where the ranker reads the first token
-    alone, its last layer works for that token alone, and its heads and neurons cost next to nothing. Where it reads
-    query and text apart, they are those of one of the two sequences.
+    They are those of matrix products, two for a multiplication and addition. Where the ranker reads one token alone,
+    its last layer works for that token alone, and its heads and neurons cost next to nothing. Where it reads query and
+    text apart, they are those of one of the two sequences.
     """
-    first_only = model.pooling_ == 'cls' and model.encoder.family.described
     heads, neurons = [], []
-    for number, layer in enumerate(model.encoder.layers):
-        last = first_only and number == model.n_layers - 1
-        one_head, one_neuron = _first_token(layer, tokens) if last else _all_tokens(layer, tokens)
+    whole = layers_of_all_tokens(model)
+    for number, layer in enumerate(model.map.layers):
+        one_head, one_neuron = (_all_tokens if number in whole else _one_token)(layer, tokens)
         heads.append(one_head * np.arange(layer.n_heads + 1))
         neurons.append(one_neuron * np.arange(layer.n_neurons + 1))
     return Costs(heads, neurons, 0.0, f'FLOPs at {tokens:.0f} tokens')
+
+
+def layers_of_all_tokens(model: Ranker) -> range:
+    """Returns the layers that work for all tokens: the last does not where one token alone is read."""
+    short = model.readout.at(torch.ones(1, 1, dtype=torch.long)) is not None and not model.map.why_not_plain()
+    return range(model.n_layers - short)
 
 
 def _of_a_row(part: nn.Linear) -> int:
@@ -95,7 +103,7 @@ def _all_tokens(layer: Layer, tokens: float) -> tuple[float, float]:
     return 8 * tokens * d * layer.head_dim + 4 * tokens**2 * layer.head_dim, 4 * tokens * d
 
 
-def _first_token(layer: Layer, tokens: float) -> tuple[float, float]:
-    """As `Layer.z_first` computes it: keys and values are absorbed into the one query."""
+def _one_token(layer: Layer, tokens: float) -> tuple[float, float]:
+    """As `Layer.z_at` computes it: keys and values are absorbed into the one query."""
     d = layer.attention_out.out_features
     return 8 * d * layer.head_dim + 4 * tokens * d, 4 * d

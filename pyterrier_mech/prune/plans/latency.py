@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +16,24 @@ import pandas as pd
 import pyterrier as pt
 import torch
 
-from pyterrier_mech.anatomy.resizing import check_resizable
-from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.plans.costs import Costs
+from pyterrier_mech.draws import digest
+from pyterrier_mech.inputs.inputs import Inputs
+from pyterrier_mech.prune.plans.costs import Costs, layers_of_all_tokens
 from pyterrier_mech.prune.plans.plan import Plan
-from pyterrier_mech.prune.scores import KINDS
-from pyterrier_mech.prune.surgery import prune_units
+from pyterrier_mech.prune.surgery import around, check_prunable, prune_units
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.saving import write_atomic
+from pyterrier_mech.units import HEADS, KINDS, NEURONS
+
+Shares = dict[str, list[float]]
 
 # Shares of all heads or neurons at which time is measured; between them it is interpolated.
 _GRID = (0.25, 0.5, 0.75, 1.0)
 # A plan is corrected until its measured speed-up is so near to what was asked, or so often.
 # Beyond a tenth it warns.
 _NEAR, _FAR, _CORRECTIONS, _TURNS = 0.03, 0.1, 4, 7
+# Drivers, libraries and what else runs on a machine change: older tables are measured again.
+_VALID = timedelta(days=30)
 
 
 def latency_costs(
@@ -47,12 +50,13 @@ def latency_costs(
         model: The ranker.
         frame: Rows with query and text, as long as those that will be scored; two batches of them are used.
         repeats: Turns.
-        cache: Whether to keep the table in PyTerrier's folder, and take it from there when the same shapes are asked
-            for on the same device.
+        cache: Whether to keep the table in PyTerrier's folder, and for 30 days take it from there when the same shapes
+            are asked for on the same device, with the same versions and threads.
         text_field: Column of the text; by default as the model has it.
 
     Raises:
-        ValueError: If the frame is empty or lacks columns, the model's family cannot be cut, or `repeats` is below 1.
+        ValueError: If the frame is empty or lacks columns, units of the model cannot be removed, or `repeats` is below
+            1.
     """
     text = text_field or model.text_field
     missing = [name for name in ('query', text) if name not in frame.columns]
@@ -60,20 +64,28 @@ def latency_costs(
         lacks = ', '.join(map(repr, missing)) or 'rows'
         raise ValueError(f'latency_costs needs rows to time, with query and text: the frame has no {lacks}')
     if repeats < 1:
-        raise ValueError(f'repeats={repeats!r} measures nothing; use 1 or more')
-    check_resizable(model.encoder.base.config.model_type)
+        raise ValueError(f'repeats must be 1 or more; got repeats={repeats!r}')
+    check_prunable(model)
     rows, tokens = _rows(model, frame, text)
     path = _path(model, tokens, len(rows), repeats)
-    if cache and path.exists():
-        shares = json.loads(path.read_text(encoding='utf-8'))
-    else:
+    costs = _from_file(model, path) if cache else None
+    if costs is None:
         shares = _measure(model, rows['query'].tolist(), rows[text].tolist(), repeats)
+        costs = _costs(model, shares)
         if cache:
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_suffix(f'.{os.getpid()}.new')
-            new.write_text(json.dumps(shares), encoding='utf-8')
-            os.replace(new, path)
-    return _costs(model, shares)
+            write_atomic(path, json.dumps({'measured': date.today().isoformat(), **shares}))
+    return costs
+
+
+def _from_file(model: Ranker, path: Path) -> Costs | None:
+    """Returns the costs of a table that was kept; None where there is none that is whole and of these days."""
+    try:
+        shares = json.loads(path.read_text(encoding='utf-8'))
+        age = date.today() - date.fromisoformat(shares['measured'])
+        return _costs(model, shares) if timedelta(0) <= age <= _VALID else None
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
 
 
 def corrected(make: Callable[[float], Plan], asked: float, model: Ranker, frame: pd.DataFrame, text: str) -> Plan:
@@ -125,24 +137,24 @@ def corrected(make: Callable[[float], Plan], asked: float, model: Ranker, frame:
 def _rows(model: Ranker, frame: pd.DataFrame, text: str) -> tuple[pd.DataFrame, float]:
     """Returns rows for two batches, and the mean number of tokens of all rows."""
     rows = frame[['query', text]].astype(str).sort_values(['query', text])
-    tokens = float(Encoded.of(model, rows['query'].tolist(), rows[text].tolist()).tokens.mean())
-    count = max(1, int(2 * model.loaded.budget.tokens / tokens))
+    tokens = float(Inputs.plain(model, rows['query'].tolist(), rows[text].tolist()).lengths.mean())
+    count = max(1, int(2 * model.budget.tokens / tokens))
     return rows.sample(min(count, len(rows)), random_state=0), tokens
 
 
-def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> dict[str, list[float]]:
+def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> Shares:
     """Returns shares of the whole time: of each kind at some widths and in the last layer alone, and what is fixed."""
     model = _quiet(model)
-    variants = {'whole': model, 'nothing': _variant(model, 'heads', 0.0, [])}
+    variants = {'whole': model, 'nothing': _variant(model, HEADS, 0.0, [])}
     widths = {kind: _measured_widths(model, kind) for kind in KINDS}
     for kind in KINDS:
         for step, share in enumerate(widths[kind].values()):
-            variants[f'{kind} {step}'] = _variant(model, kind, share, _inner(model))
+            variants[f'{kind} {step}'] = _variant(model, kind, share, layers_of_all_tokens(model))
         variants[f'{kind} last'] = _variant(model, kind, 1.0, [model.n_layers - 1])
     times = _in_turns({name: lambda v=v: v.score(queries, texts) for name, v in variants.items()}, repeats)  # type: ignore[misc]
     relative = {name: float(np.median(np.asarray(t) / times['whole'])) for name, t in times.items()}
     fixed = min(relative['nothing'], 1.0)
-    shares = {'fixed': [fixed]}
+    shares: Shares = {'fixed': [fixed]}
     for kind in KINDS:
         above = [0.0] + [relative[f'{kind} {step}'] - fixed for step in range(len(widths[kind]))]
         # A wider block is never quicker: what looks so is noise.
@@ -157,16 +169,16 @@ def _measured_widths(model: Ranker, kind: str) -> dict[float, float]:
 
     A layer of twelve heads has no eighth of them: times are put where they were measured.
     """
-    counts = np.array([_count(model, kind, layer) for layer in _inner(model)])
-    kept = {share: float(sum(_kept(count, share) for count in counts)) / max(1, counts.sum()) for share in _GRID}
+    counts = [_counts(model, kind)[layer] for layer in layers_of_all_tokens(model)]
+    kept = {share: sum(round(share * count) for count in counts) / max(1, sum(counts)) for share in _GRID}
     return {there: share for share, there in kept.items() if there > 0}
 
 
-def _costs(model: Ranker, shares: dict[str, list[float]]) -> Costs:
-    inner = _inner(model)
+def _costs(model: Ranker, shares: Shares) -> Costs:
+    inner = layers_of_all_tokens(model)
     tables: dict[str, list[np.ndarray]] = {}
     for kind in KINDS:
-        widths = [_count(model, kind, layer) for layer in range(model.n_layers)]
+        widths = _counts(model, kind)
         total = sum(widths[layer] for layer in inner) or 1
         tables[kind] = []
         for layer, width in enumerate(widths):
@@ -183,40 +195,28 @@ def _costs(model: Ranker, shares: dict[str, list[float]]) -> Costs:
     return Costs(heads, neurons, fixed, 'time of scoring')
 
 
-def _count(model: Ranker, kind: str, layer: int) -> int:
-    return model.n_heads(layer) if kind == 'heads' else model.n_neurons(layer)
-
-
-def _kept(count: int, share: float) -> int:
-    return round(share * count)
-
-
-def _inner(model: Ranker) -> Sequence[int]:
-    """Returns the layers that work for all tokens."""
-    first_only = model.pooling_ == 'cls' and model.encoder.family.described and model.n_layers > 1
-    return range(model.n_layers - 1 if first_only else model.n_layers)
+def _counts(model: Ranker, kind: str) -> list[int]:
+    return list(model.counts(kind).values())
 
 
 def _variant(model: Ranker, kind: str, share: float, layers: Sequence[int]) -> Ranker:
     """Returns a copy with a share of the heads, or of the neurons, in some layers and nothing elsewhere."""
-    kept = {
-        name: [
-            list(range(_kept(_count(model, name, layer), share) if name == kind and layer in layers else 0))
-            for layer in range(model.n_layers)
+    kept = (
+        [
+            list(range(round(share * count) if name == kind and layer in layers else 0))
+            for layer, count in enumerate(_counts(model, name))
         ]
         for name in KINDS
-    }
-    variant = prune_units(model, kept['heads'], kept['neurons'])
+    )
+    variant = prune_units(model, *kept)
     # Embeddings can be most of a model, and are the same in all variants.
-    variant.encoder.base.set_input_embeddings(model.encoder.base.get_input_embeddings())
+    variant.map.base.set_input_embeddings(model.map.base.get_input_embeddings())
     return variant
 
 
 def _quiet(model: Ranker) -> Ranker:
-    """Returns the ranker without progress bars, which take time."""
-    quiet = copy.copy(model)
-    quiet.verbose = False
-    return quiet
+    """Returns the ranker, around the same module, without progress bars, which take time."""
+    return replace(around(model, model.map.module), verbose=False, batch_tokens=model.budget.tokens)
 
 
 def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
@@ -234,25 +234,26 @@ def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 def _path(model: Ranker, tokens: float, rows: int, repeats: int) -> Path:
     """Returns the file of the table for these shapes on this device."""
-    encoder = model.encoder
-    device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == 'cuda' else platform.processor()
+    device = model.map.device
     key = (
-        device,
+        torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor(),
         platform.node(),
         torch.get_num_threads(),
+        torch.get_num_interop_threads(),
+        torch.backends.cpu.get_cpu_capability(),
         torch.__version__,
-        str(next(encoder.module.parameters()).dtype),
+        str(model.map.dtype),
         type(model).__name__,
-        encoder.base.config.model_type,
-        model.head_counts,
-        [(layer.n_neurons, layer.head_dim, layer.mlp_out.out_features) for layer in encoder.layers],
-        model.pooling_,
+        model.map.base.config.model_type,
+        _counts(model, HEADS),
+        _counts(model, NEURONS),
+        [(layer.head_dim, layer.mlp_out.out_features) for layer in model.map.layers],
+        type(model.readout).__name__,
         model.dtype == 'tf32',
-        model.loaded.budget.tokens,
+        model.budget.tokens,
         round(tokens / 8),
         rows,
         repeats,
         _GRID,
     )
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return Path(pt.io.pyterrier_home()) / 'pyterrier_mech' / 'latency' / f'{name}.json'
+    return Path(pt.io.pyterrier_home()) / 'pyterrier_mech' / 'latency' / f'{digest(*key).hex()[:16]}.json'

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from pyterrier_mech.anatomy.resizing import check_resizable
 from pyterrier_mech.prune.plans.allocation import ALLOCATIONS, Stack, fill, least_cost, stacks
 from pyterrier_mech.prune.plans.costs import Costs, flop_costs, parameter_costs
 from pyterrier_mech.prune.plans.plan import Plan, plan_keeping
+from pyterrier_mech.prune.protocol import check_share
 from pyterrier_mech.prune.scores import UnitScores
+from pyterrier_mech.prune.surgery import check_prunable
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.units import Units
+from pyterrier_mech.units import KINDS, Site, Unit, Units
 
 BUDGETS = ('flops', 'parameters', 'latency')
 
@@ -50,17 +51,11 @@ def make_plan(
         latency: The times that `latency_costs` measured; needed for 'latency'.
 
     Raises:
-        ValueError: If a setting is not known or out of range, the scores or times are not for this ranker, its units
-            cannot be removed, or what must stay costs more than the budget.
+        ValueError: If a setting is not known or out of range, the scores or times are not for this ranker, it has no
+            units or they cannot be removed, or what must stay costs more than the budget.
     """
     protected = check_plan_settings(
-        model,
-        sparsity,
-        budget=budget,
-        speedup=speedup,
-        allocation=allocation,
-        protect=protect,
-        multiple=multiple,
+        model, sparsity, budget=budget, speedup=speedup, allocation=allocation, protect=protect, multiple=multiple
     )
     scores.check(model)
     costs = _costs(model, budget, tokens, latency)
@@ -69,10 +64,11 @@ def make_plan(
     prioritise, skip = ALLOCATIONS[allocation]
     share = room / (costs.whole - costs.fixed)
     taken, spent = fill(made, prioritise(made, scores.joint, share), room, skip=skip)
-    kinds: dict[str, set[tuple[int, int]]] = {'heads': set(), 'neurons': set()}
-    for stack, blocks in zip(made, taken, strict=True):
-        chosen = stack.order[: stack.edges[blocks]].tolist()
-        kinds[stack.kind].update((stack.layer, unit) for unit in chosen)
+    kept = Units(
+        Unit(Site(stack.kind, stack.layer), number)
+        for stack, blocks in zip(made, taken, strict=True)
+        for number in stack.order[: stack.edges[blocks]].tolist()
+    )
     settings = {
         'sparsity': None if sparsity is None else float(sparsity),
         'speedup': None if speedup is None else float(speedup),
@@ -83,7 +79,7 @@ def make_plan(
         'protected': protected.names,
         'kept_share': (spent + costs.fixed) / costs.whole,
     }
-    return plan_keeping(model, Units(frozenset(kinds['heads']), frozenset(kinds['neurons'])), settings)
+    return plan_keeping(model, kept, settings)
 
 
 def check_plan_settings(
@@ -99,14 +95,16 @@ def check_plan_settings(
     """Checks the settings of `make_plan`, and returns the protected units.
 
     Raises:
-        ValueError: If one is not known or out of range, or units of the model cannot be removed.
+        ValueError: If one is not known or out of range, or the model has no units or they cannot be removed.
     """
     _target(sparsity, speedup, budget)
     if allocation not in ALLOCATIONS:
-        raise ValueError(f'allocation={allocation!r} is none of {tuple(ALLOCATIONS)}')
+        raise ValueError(f'allocation must be one of {tuple(ALLOCATIONS)}; got allocation={allocation!r}')
     if not isinstance(multiple, Integral) or multiple < 1:
-        raise ValueError(f'multiple={multiple!r} is no number of neurons; use 1 or more')
-    check_resizable(model.encoder.base.config.model_type)
+        raise ValueError(f'multiple must be a whole number from 1; got multiple={multiple!r}')
+    check_prunable(model)
+    if not any(count for kind in KINDS for count in model.counts(kind).values()):
+        raise ValueError(f'{model!r} has no heads and no neurons left: there is nothing to prune')
     return Units.of(protect).check(model)
 
 
@@ -126,10 +124,7 @@ def check_budget(
     Raises:
         ValueError: If not.
     """
-    layers = range(model.n_layers)
-    scores = UnitScores(
-        [np.zeros(model.n_heads(layer)) for layer in layers], [np.zeros(model.n_neurons(layer)) for layer in layers]
-    )
+    scores = UnitScores(*([np.zeros(count) for count in model.counts(kind).values()] for kind in KINDS))
     costs, protected = _costs(model, budget, tokens, latency), Units.of(protect)
     made = stacks(scores, costs, protected, _widths(multiple))
     _room(made, costs, protected, *_target(sparsity, speedup, budget))
@@ -138,7 +133,7 @@ def check_budget(
 def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple[float, str]:
     """Returns the share of the cost that stays, and what was asked for."""
     if budget not in BUDGETS:
-        raise ValueError(f'budget={budget!r} is none of {BUDGETS}')
+        raise ValueError(f'budget must be one of {BUDGETS}; got budget={budget!r}')
     if speedup is not None:
         if budget != 'latency' or sparsity is not None:
             raise ValueError(
@@ -146,11 +141,10 @@ def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple
                 f'budget={budget!r} and sparsity={sparsity!r}'
             )
         if not speedup > 1:
-            raise ValueError(f'speedup={speedup!r} is not above 1; for twice as fast give 2')
+            raise ValueError(f'speedup must be above 1; got speedup={speedup!r}. For twice as fast give 2.')
         return 1 / speedup, f'speedup={speedup!r}'
-    if sparsity is None or not 0 < sparsity < 1:
-        raise ValueError(f'sparsity={sparsity!r} is no share between 0 and 1; to take half away give 0.5')
-    return 1 - sparsity, f'sparsity={sparsity!r}'
+    check_share('sparsity', sparsity, 'To take half away give 0.5.')
+    return 1 - (sparsity or 0.0), f'sparsity={sparsity!r}'
 
 
 def _costs(model: Ranker, budget: str, tokens: float, latency: Costs | None) -> Costs:
@@ -159,7 +153,7 @@ def _costs(model: Ranker, budget: str, tokens: float, latency: Costs | None) -> 
             raise ValueError("budget='latency' needs times: give latency=latency_costs(model, frame)")
         return latency.check(model)
     if not tokens > 0:
-        raise ValueError(f'tokens={tokens!r} is no length of a sequence')
+        raise ValueError(f'tokens must be the length of a sequence; got tokens={tokens!r}')
     return parameter_costs(model) if budget == 'parameters' else flop_costs(model, tokens)
 
 

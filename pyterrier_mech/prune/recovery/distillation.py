@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pyterrier_mech.anatomy.encoder import hooked
-from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.encoded import Encoded
+from pyterrier_mech.anatomy.model import Edit, Values
+from pyterrier_mech.anatomy.readouts import picked
+from pyterrier_mech.inputs.inputs import Inputs
+from pyterrier_mech.prune.data import FitData, sample, take
 from pyterrier_mech.prune.plans.plan import fingerprint
-from pyterrier_mech.prune.protocol import sample, take
-from pyterrier_mech.prune.recovery.training import Schedule, check_comparable, digest, train
+from pyterrier_mech.prune.protocol import at_least
+from pyterrier_mech.prune.recovery.training import Schedule, check_comparable, name_of, train
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import Site
 
 # More validation rows than this make training slower, not stops better.
 _VALIDATED = 1000
@@ -27,7 +28,7 @@ _VALIDATED_PER_QUERY = 4
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Schedule):
     """Trains the pruned ranker to order texts with the margins of the unpruned one; needs no labels.
 
     The loss is margin-MSE: over all pairs of texts of one query that a batch holds together, the mean squared
@@ -46,7 +47,8 @@ class Distillation:
         patience: Validations without improvement after which training ends.
         validations: How often an epoch is validated.
         keep_zeros: Whether weights that are zero stay zero (for unstructured masks).
-        seed: Of the order of the data, the negatives, and the validation rows where there are too many for all.
+        seed: Random seed of the order of the data, of the negatives, and of the validation rows where there are too
+            many for all.
         checkpoint: File in which progress is kept; a killed run with the same settings and data goes on from it and
             ends as if it had not been. It is deleted at the end.
         checkpoint_every: Steps between two writes.
@@ -59,14 +61,6 @@ class Distillation:
     learning_rate: float = 1e-4
     hidden: float = 5.0
     negatives: float = 0.25
-    texts_per_query: int = 8
-    queries_per_batch: int = 4
-    patience: int = 3
-    validations: int = 1
-    keep_zeros: bool = False
-    seed: int = 0
-    checkpoint: str | None = None
-    checkpoint_every: int = 100
 
     needs: ClassVar[frozenset[str]] = frozenset({'text'})
 
@@ -76,9 +70,8 @@ class Distillation:
         Raises:
             ValueError: If one is out of range.
         """
-        schedule_of(self)
-        if self.hidden < 0 or self.negatives < 0:
-            raise ValueError(f'hidden={self.hidden!r} and negatives={self.negatives!r} may not be negative')
+        super().check()
+        at_least(0, self, 'hidden', 'negatives')
 
     def recover(
         self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
@@ -98,36 +91,26 @@ class Distillation:
             ValueError: If a setting is out of range, there is nothing to compare, or the checkpoint is of another run.
         """
         self.check()
-        schedule = schedule_of(self)
         checked = None if validation is None else _comparable(validation, self.seed)
         data = with_negatives(data, self.negatives, self.seed)
         check_comparable(data)
-        encoded = Encoded.of(teacher, data.queries, data.texts)
+        inputs = data.inputs(teacher)
         # Not before the first batch: a checkpoint that does not fit is refused before this work.
         targets = cache(lambda: _scores(teacher, data))
         streams = self.hidden > 0
 
         def loss(rows: np.ndarray, group: np.ndarray) -> torch.Tensor:
-            scores, small = _run(student, encoded, rows, streams)
+            scores, small = _run(student, inputs, rows, streams)
             value = margin_error(scores - targets()[rows], group)
             if streams:
                 with teacher.computing():
-                    whole = _run(teacher, encoded, rows, True)[1]
-                value = value + self.hidden * _distance(small, whole, encoded, rows)
+                    whole = _run(teacher, inputs, rows, streams)[1]
+                value = value + self.hidden * _distance(small, whole, teacher, inputs, rows)
             return value
 
-        return train(
-            student,
-            data,
-            loss,
-            None if checked is None else _margins(student, teacher, checked),
-            schedule,
-            keep_zeros=self.keep_zeros,
-            identity=repr(
-                (settings_of(self), identity_of(teacher), identity_of(student), checked and digest(checked.frame))
-            ),
-            desc='Distillation',
-        )
+        validate = None if checked is None else _margins(student, teacher, checked)
+        others = identity_of(teacher), identity_of(student), checked and name_of(checked.frame)
+        return train(student, data, loss, validate, self, others)
 
 
 def margin_error(errors: torch.Tensor, group: np.ndarray) -> torch.Tensor:
@@ -146,29 +129,14 @@ def same_group(group: np.ndarray) -> np.ndarray:
     return group[:, None] == group[None, :]
 
 
-def schedule_of(recovery: Any) -> Schedule:
-    """Returns the schedule of a recovery, checked."""
-    schedule = Schedule(**{field.name: getattr(recovery, field.name) for field in fields(Schedule)})
-    schedule.check()
-    return schedule
-
-
-def settings_of(recovery: Any) -> str:
-    """Returns the settings of a recovery that determine its result."""
-    neutral = ('checkpoint', 'checkpoint_every')
-    return repr({name: value for name, value in asdict(recovery).items() if name not in neutral})
-
-
-def identity_of(ranker: Ranker) -> tuple[Any, ...]:
+def identity_of(ranker: Ranker) -> tuple[object, ...]:
     """Returns what determines the scores of a ranker, but not the memory address of anything."""
-    simple = {name: value for name, value in ranker._settings().items() if isinstance(value, (str, int))}
-    for name in ('model', 'tokenizer', 'text_field', 'batch_tokens', 'device', 'verbose'):
-        simple.pop(name, None)
-    return fingerprint(ranker), sorted(simple.items())
+    label = getattr(ranker, 'label', None)
+    return fingerprint(ranker), label, ranker.maker.max_length, ranker.dtype, ranker.stated_
 
 
 def _scores(ranker: Ranker, data: FitData) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(ranker.score(data.queries, data.texts))).to(ranker.encoder.device)
+    return torch.from_numpy(np.asarray(ranker.score(data.queries, data.texts))).to(ranker.map.device)
 
 
 def with_negatives(data: FitData, share: float, seed: int) -> FitData:
@@ -190,38 +158,32 @@ def with_negatives(data: FitData, share: float, seed: int) -> FitData:
     return FitData(pd.concat(added, ignore_index=True), data.qrels)
 
 
-def _run(
-    ranker: Ranker, encoded: Encoded, rows: np.ndarray, streams: bool
-) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """Returns the scores of some rows and, if asked for, the residual stream after each layer, call by call."""
-    seen: list[list[torch.Tensor]] = [[] for _ in ranker.encoder.layers]
+def _run(ranker: Ranker, inputs: Inputs, rows: np.ndarray, streams: bool) -> tuple[torch.Tensor, list[Values]]:
+    """Returns the scores of some rows and, if asked for, the residual stream after each layer, tower by tower."""
+    seen: list[Values] = [{} for _ in inputs.towers]
 
-    def keep(layer: int) -> Callable[..., None]:
-        def post(module: Any, args: Any, output: Any) -> None:
-            seen[layer].append(output if isinstance(output, torch.Tensor) else output[0])
+    def keep(values: Values, site: Site) -> Edit:
+        # An edit that changes nothing.
+        return lambda tensor: values.setdefault(site, tensor)
 
-        return post
-
-    with ExitStack() as hooks:
-        if streams:
-            for number, layer in enumerate(ranker.encoder.layers):
-                hooks.enter_context(hooked(layer.module, post=keep(number)))
-        scores = encoded.scores(ranker, rows)
-    return scores, seen
+    sites = ranker.map.sites('resid_post') if streams else []
+    edits = [{site: keep(values, site) for site in sites} for values in seen]
+    return ranker.run(inputs, rows, edits=edits), seen
 
 
 def _distance(
-    small: list[list[torch.Tensor]], whole: list[list[torch.Tensor]], encoded: Encoded, rows: np.ndarray
+    small: list[Values], whole: list[Values], ranker: Ranker, inputs: Inputs, rows: np.ndarray
 ) -> torch.Tensor:
     """Returns the squared distance of two residual streams relative to the size of the second, mean over layers."""
-    first_only = encoded.model.pooling_ == 'cls'
-    masks = [encoded.inputs(tower, rows)['attention_mask'].bool() for tower in range(len(encoded.towers))]
     parts = []
-    for number, (ours, theirs) in enumerate(zip(small, whole, strict=True)):
-        for a, b, mask in zip(ours, theirs, masks, strict=True):
-            if first_only and number == len(small) - 1:
-                a, b, mask = a[:, :1], b[:, :1], mask[:, :1]
-            parts.append(((a - b)[mask] ** 2).sum() / (b[mask] ** 2).sum())
+    for tower, streams in enumerate(small):
+        batch = inputs.batch(tower, rows)
+        real, at = batch.tensors['attention_mask'].bool(), ranker.readout.at(batch.scored)
+        for site, ours in streams.items():
+            # Of the last layer only what is read out matters.
+            unread = at is not None and site.layer == ranker.n_layers - 1
+            a, b = (picked(x, at) if unread else x[real] for x in (ours, whole[tower][site]))
+            parts.append(((a - b) ** 2).sum() / (b**2).sum())
     return torch.stack(parts).mean()
 
 

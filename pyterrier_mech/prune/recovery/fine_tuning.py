@@ -9,20 +9,19 @@ from typing import ClassVar
 import ir_measures
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 import torch
 import torch.nn.functional as F
 
+from pyterrier_mech.evaluation.runs import judgements, with_ids
 from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.recovery.distillation import identity_of, same_group, schedule_of, settings_of
-from pyterrier_mech.prune.recovery.training import digest, train
+from pyterrier_mech.prune.recovery.distillation import identity_of, same_group
+from pyterrier_mech.prune.recovery.training import Schedule, name_of, train
 from pyterrier_mech.rankers.ranker import Ranker
-
-_NAMES = {'qid': 'query_id', 'docno': 'doc_id', 'label': 'relevance'}
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Schedule):
     """Trains the pruned ranker on judgements: of two texts of a query, the one with the higher label shall win.
 
     The loss is the pairwise logistic one (RankNet), mean over all pairs of texts of one query that a batch holds
@@ -37,7 +36,7 @@ class FineTuning:
         patience: Validations without improvement after which training ends.
         validations: How often an epoch is validated.
         keep_zeros: Whether weights that are zero stay zero.
-        seed: Of the order of the data.
+        seed: Random seed of the order of the data.
         checkpoint: File in which progress is kept; see `Distillation`.
         checkpoint_every: Steps between two writes.
 
@@ -46,24 +45,8 @@ class FineTuning:
 
     epochs: int = 2
     learning_rate: float = 5e-5
-    texts_per_query: int = 8
-    queries_per_batch: int = 4
-    patience: int = 3
-    validations: int = 1
-    keep_zeros: bool = False
-    seed: int = 0
-    checkpoint: str | None = None
-    checkpoint_every: int = 100
 
     needs: ClassVar[frozenset[str]] = frozenset({'text', 'qrels'})
-
-    def check(self) -> None:
-        """Checks the settings.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
-        schedule_of(self)
 
     def recover(
         self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
@@ -83,55 +66,46 @@ class FineTuning:
             ValueError: If a setting is out of range, no query has texts of different labels, the validation queries
                 are not judged, or the checkpoint is of another run.
         """
-        schedule = schedule_of(self)
+        self.check()
         labels = data.labels()
         frame = data.frame.assign(label=labels)[labels.notna()].reset_index(drop=True)
         if not (frame.groupby('qid')['label'].nunique() > 1).any():
             raise ValueError(f'none of the {frame["qid"].nunique()} judged queries has texts of different labels')
         validate, checked = None, ''
         if validation is not None and validation.qrels is not None:
-            judgements = _judgements(validation)
-            validate = _lost_ndcg(student, validation, judgements)
-            checked = digest(validation.frame) + digest(judgements.rename(columns={v: k for k, v in _NAMES.items()}))
+            wanted = _judgements_of(validation)
+            validate = _lost_ndcg(student, validation, wanted)
+            checked = name_of(validation.frame) + name_of(wanted)
         judged, gains = FitData(frame, data.qrels), frame['label'].to_numpy()
-        encoded = Encoded.of(student, judged.queries, judged.texts)
+        inputs = judged.inputs(student)
 
         def loss(rows: np.ndarray, group: np.ndarray) -> torch.Tensor:
-            scores = encoded.scores(student, rows)
+            scores = student.run(inputs, rows)
             better = same_group(group) & (gains[rows][:, None] > gains[rows])
             winners, losers = (torch.from_numpy(side).to(scores.device) for side in np.nonzero(better))
             return F.softplus(scores[losers] - scores[winners]).sum() / max(1, len(winners))
 
-        return train(
-            student,
-            judged,
-            loss,
-            validate,
-            schedule,
-            keep_zeros=self.keep_zeros,
-            identity=repr((settings_of(self), identity_of(student), checked)),
-            desc='FineTuning',
-        )
+        return train(student, judged, loss, validate, self, (identity_of(student), checked))
 
 
-def _judgements(validation: FitData) -> pd.DataFrame:
-    """Returns the judgements of the validation queries, as `ir_measures` reads them."""
+def _judgements_of(validation: FitData) -> pd.DataFrame:
+    """Returns the judgements of the validation queries.
+
+    Raises:
+        ValueError: If none of the rows is judged.
+    """
     validation.labels()
-    qrels = (
-        pd.DataFrame(validation.qrels)[list(_NAMES)]
-        .astype({'qid': str, 'docno': str, 'label': int})
-        .rename(columns=_NAMES)
-    )
-    return qrels[qrels['query_id'].isin(validation.frame['qid'].astype(str))]
+    qrels = judgements(pd.DataFrame(validation.qrels)[['qid', 'docno', 'label']])
+    return qrels[qrels['qid'].isin(validation.qids)]
 
 
-def _lost_ndcg(student: Ranker, validation: FitData, judgements: pd.DataFrame) -> Callable[[], float]:
+def _lost_ndcg(student: Ranker, validation: FitData, qrels: pd.DataFrame) -> Callable[[], float]:
     """Returns the function that tells what the mean nDCG@10 on the validation rows lacks to 1."""
-    frame = validation.frame[['qid', 'docno']].astype(str).rename(columns=_NAMES)
-    measure = ir_measures.nDCG @ 10
+    frame = with_ids(validation.frame[['qid', 'docno']], 'the frame')
+    judged, measure = pt.model.to_ir_measures(qrels), ir_measures.nDCG @ 10
 
     def lost() -> float:
         run = frame.assign(score=student.score(validation.queries, validation.texts))
-        return 1 - ir_measures.calc_aggregate([measure], judgements, run)[measure]
+        return 1 - ir_measures.calc_aggregate([measure], judged, pt.model.to_ir_measures(run))[measure]
 
     return lost

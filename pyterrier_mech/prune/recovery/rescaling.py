@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyterrier_mech.anatomy.encoder import Context, Layer
-from pyterrier_mech.anatomy.resizing import check_resizable
+from pyterrier_mech.anatomy.layers import Context, Layer
 from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.encoded import Encoded
-from pyterrier_mech.prune.protocol import sample
+from pyterrier_mech.inputs.inputs import Inputs
+from pyterrier_mech.prune.data import FitData, sample
+from pyterrier_mech.prune.protocol import above_zero, at_least
+from pyterrier_mech.prune.surgery import check_prunable
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.units import Site
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,19 @@ class Rescaling:
     A sublayer adds W a + b to the residual stream, a being the outputs of its heads or its neurons. Where units are
     gone, W and b are chosen anew by ridge regression, so that the stream is what it was in the unpruned ranker:
     the target contains what earlier layers have missed. Kwon et al. fit one scale a unit; here every remaining
-    unit's weights are free, which contains that. Tokens that nobody reads, padding and, where the first token is
-    pooled, the others of the last layer, are left out. Where nothing is missing nothing changes.
+    unit's weights are free, which contains that. Tokens that nobody reads, padding and, where one token is read out,
+    the others of the last layer, are left out. Where nothing is missing nothing changes.
 
     Args:
-        max_pairs: How many rows are used, drawn evenly from the queries.
+        max_pairs: How many rows are used, drawn evenly from the queries; None for all.
         ridge: Weight of the squared distance from the weights that surgery left, relative to the mean square of the
             inputs a.
-        seed: Of the draw.
+        seed: Random seed of the draw.
 
     Source: Kwon et al., NeurIPS 2022, arXiv 2204.09656 (mask tuning).
     """
 
-    max_pairs: int = 512
+    max_pairs: int | None = 512
     ridge: float = 1e-3
     seed: int = 0
 
@@ -49,8 +50,8 @@ class Rescaling:
         Raises:
             ValueError: If one is out of range.
         """
-        if self.max_pairs < 1 or not self.ridge > 0:
-            raise ValueError(f'max_pairs={self.max_pairs!r} and ridge={self.ridge!r} must be positive')
+        at_least(1, self, 'max_pairs')
+        above_zero(self, 'ridge')
 
     def recover(self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None) -> None:
         """Changes the output projections of `student`, a ranker of its own, in place.
@@ -62,18 +63,19 @@ class Rescaling:
             validation: Not looked at.
 
         Raises:
-            ValueError: If a setting is out of range, or no units of the family can be removed.
+            ValueError: If a setting is out of range, or units cannot be removed from the rankers.
         """
         self.check()
-        check_resizable(teacher.encoder.base.config.model_type)
-        rows = sample(data, self.max_pairs, self.seed).frame
-        encoded = Encoded.of(teacher, rows['query'].tolist(), rows['text'].tolist())
-        first_only = teacher.pooling_ == 'cls'
+        check_prunable(teacher)
+        check_prunable(student)
+        inputs = sample(data, self.max_pairs, self.seed).inputs(teacher)
         with teacher.computing(), student.computing():
-            streams = [stream for tower in range(len(encoded.towers)) for stream in _streams(teacher, encoded, tower)]
-            last = teacher.n_layers - 1
-            for number, (whole, small) in enumerate(zip(teacher.encoder.layers, student.encoder.layers, strict=True)):
-                _fit_layer(whole, small, streams, number, self.ridge, first_only and number == last)
+            streams = [stream for tower in range(len(inputs.towers)) for stream in _streams(teacher, inputs, tower)]
+            for number, (whole, small) in enumerate(zip(teacher.map.layers, student.map.layers, strict=True)):
+                if number == teacher.n_layers - 1:
+                    for stream in streams:
+                        stream.leave_out_unread()
+                _fit_layer(whole, small, streams, number, self.ridge)
 
 
 @dataclass
@@ -84,26 +86,35 @@ class _Stream:
         whole: The residual stream of the unpruned ranker [rows, tokens, d].
         small: That of the pruned one.
         contexts: What each layer is given beside it.
-        real: Where there is no padding [rows, tokens].
+        real: The tokens that are fitted [rows, tokens].
+        at: The position of the only token that is read out, or None.
     """
 
     whole: torch.Tensor
     small: torch.Tensor
     contexts: list[Context]
     real: torch.Tensor
+    at: torch.Tensor | int | None
+
+    def leave_out_unread(self) -> None:
+        """Has the last layer fitted for what is read out alone."""
+        if self.at is not None:
+            self.real = torch.zeros_like(self.real)
+            self.real[torch.arange(len(self.real), device=self.real.device), self.at] = True
 
 
-def _streams(teacher: Ranker, encoded: Encoded, tower: int) -> list[_Stream]:
+def _streams(teacher: Ranker, inputs: Inputs, tower: int) -> list[_Stream]:
     def step(rows: np.ndarray) -> _Stream:
-        inputs = encoded.inputs(tower, rows)
-        trace = teacher.encoder.trace(inputs)
-        return _Stream(trace.x[0], trace.x[0], trace.contexts, inputs['attention_mask'].bool())
+        batch, first = inputs.batch(tower, rows), Site('resid_pre', 0)
+        run = teacher.map.run(batch, record=[first], contexts=True)
+        x, real = run.values[first], batch.tensors['attention_mask'].bool()
+        return _Stream(x, x, run.contexts, real, teacher.readout.at(batch.scored))
 
-    lengths, verbose = encoded.lengths(tower), teacher.verbose
-    return [found for _, found in in_batches(lengths, teacher.loaded.budget, step, verbose=verbose, desc='Rescaling')]
+    lengths, verbose = inputs.towers[tower].lengths, teacher.verbose
+    return [found for _, found in in_batches(lengths, teacher.budget, step, verbose=verbose, desc='Rescaling')]
 
 
-def _fit_layer(whole: Layer, small: Layer, streams: list[_Stream], number: int, ridge: float, first_only: bool) -> None:
+def _fit_layer(whole: Layer, small: Layer, streams: list[_Stream], number: int, ridge: float) -> None:
     """Fits both projections of a layer and moves the streams past it."""
     fit = _Fit(small.attention_out, ridge)
     heads = []
@@ -111,20 +122,20 @@ def _fit_layer(whole: Layer, small: Layer, streams: list[_Stream], number: int, 
         context = stream.contexts[number]
         heads.append(small.z(stream.small, context))
         target = stream.whole + whole.attention_out(whole.z(stream.whole, context))
-        fit.add(heads[-1], target - stream.small, stream.real, first_only)
-        stream.whole = whole.norm_attention(target)
+        fit.add(heads[-1], target - stream.small, stream.real)
+        stream.whole = whole.part('norm_attention')(target)
     fit.solve()
     for stream, z in zip(streams, heads, strict=True):
-        stream.small = small.norm_attention(stream.small + small.attention_out(z))
+        stream.small = small.part('norm_attention')(stream.small + small.attention_out(z))
     fit = _Fit(small.mlp_out, ridge)
     for stream in streams:
         target = stream.whole + whole.mlp(stream.whole)
-        fit.add(small.activation(small.mlp_in(stream.small)), target - stream.small, stream.real, first_only)
-        stream.whole = whole.norm_mlp(target)
+        fit.add(small.activate(small.mlp_in(stream.small)), target - stream.small, stream.real)
+        stream.whole = whole.part('norm_mlp')(target)
     fit.solve()
     for stream in streams:
         # Neurons are computed twice: those of all batches at once would be most of the memory.
-        stream.small = small.norm_mlp(stream.small + small.mlp(stream.small))
+        stream.small = small.part('norm_mlp')(stream.small + small.mlp(stream.small))
 
 
 class _Fit:
@@ -137,10 +148,8 @@ class _Fit:
         self.gram = torch.zeros(width, width, **options)
         self.cross = torch.zeros(width, linear.out_features, **options)
 
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor, real: torch.Tensor, first_only: bool) -> None:
-        """Adds the tokens of a batch, or the first ones alone where no other is read."""
-        if first_only:
-            inputs, targets, real = inputs[:, :1], targets[:, :1], real[:, :1]
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, real: torch.Tensor) -> None:
+        """Adds the tokens of a batch."""
         a, y = inputs[real].double(), targets[real].double()
         a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
         self.gram += a.T @ a

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,11 @@ import pyterrier as pt
 import torch
 from torch import nn
 
+from pyterrier_mech.draws import digest
 from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune.protocol import above_zero, at_least
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.saving import write_atomic
 
 Loss = Callable[[np.ndarray, np.ndarray], torch.Tensor]
 """From the rows of a batch and the group of each row to a loss with its graph."""
@@ -26,7 +28,7 @@ Loss = Callable[[np.ndarray, np.ndarray], torch.Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a ranker is trained.
+    """How a ranker is trained: what the recoveries that train share.
 
     Attributes:
         epochs: How often the data is gone through.
@@ -35,20 +37,23 @@ class Schedule:
         queries_per_batch: Such groups in a batch.
         patience: Validations without improvement after which training ends; the best weights are kept in any case.
         validations: How often an epoch is validated; at most after every step.
-        seed: Of the order of the data.
-        checkpoint: File in which progress is kept.
+        keep_zeros: Whether weights that are zero stay zero (for unstructured masks).
+        seed: Random seed of the order of the data, and of what else is drawn.
+        checkpoint: File in which progress is kept; a killed run with the same settings and data goes on from it and
+            ends as if it had not been. It is deleted at the end.
         checkpoint_every: Steps between two writes.
     """
 
     epochs: int
     learning_rate: float
-    texts_per_query: int
-    queries_per_batch: int
-    patience: int
-    validations: int
-    seed: int
-    checkpoint: str | None
-    checkpoint_every: int
+    texts_per_query: int = 8
+    queries_per_batch: int = 4
+    patience: int = 3
+    validations: int = 1
+    keep_zeros: bool = False
+    seed: int = 0
+    checkpoint: str | None = None
+    checkpoint_every: int = 100
 
     def check(self) -> None:
         """Checks the settings.
@@ -56,13 +61,9 @@ class Schedule:
         Raises:
             ValueError: If one is out of range.
         """
-        for name in ('epochs', 'queries_per_batch', 'patience', 'validations', 'checkpoint_every'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)!r} must be 1 or more')
-        if self.texts_per_query < 2:
-            raise ValueError(f'texts_per_query={self.texts_per_query!r} leaves nothing to compare; use 2 or more')
-        if not self.learning_rate > 0:
-            raise ValueError(f'learning_rate={self.learning_rate!r} is not positive')
+        at_least(1, self, 'epochs', 'queries_per_batch', 'patience', 'validations', 'checkpoint_every')
+        at_least(2, self, 'texts_per_query')
+        above_zero(self, 'learning_rate')
 
 
 def check_comparable(data: FitData) -> None:
@@ -108,10 +109,7 @@ def train(
     loss: Loss,
     validate: Callable[[], float] | None,
     schedule: Schedule,
-    *,
-    keep_zeros: bool = False,
-    identity: str = '',
-    desc: str = '',
+    identity: object = '',
 ) -> pd.DataFrame:
     """Trains a ranker's layers and head in place; embeddings stay, dropout is off.
 
@@ -125,9 +123,7 @@ def train(
         validate: What is to become small, if there is validation data. The weights that gave the least are kept, be
             they those from before training.
         schedule: How.
-        keep_zeros: Whether weights that are zero now stay zero.
-        identity: What else determines the result, for the checkpoint.
-        desc: Label of the progress bar.
+        identity: What else determines the result, in plain values, for the checkpoint.
 
     Returns:
         The history, one row whenever validation is due: `step`, `loss` (mean since the row before), `validation` (NaN
@@ -139,14 +135,18 @@ def train(
     """
     check_comparable(data)
     plan = list(batches(data, schedule))
-    names = trainable(student.encoder.module, student.encoder.base.get_input_embeddings())
-    run = _Run(student, names, schedule, len(plan), _key(schedule, data, identity), keep_zeros)
+    names = trainable(student.map.module, student.map.base.get_input_embeddings())
+    # Where and how often progress is written does not change the result.
+    settings = repr(replace(schedule, checkpoint=None, checkpoint_every=1))
+    run = _Run(student, names, schedule, len(plan), digest(settings, name_of(data.frame), identity).hex())
     count = schedule.epochs * schedule.validations
     due = {round(len(plan) * (i + 1) / count) for i in range(count)}
     with (
         student.computing(gradients=True),
-        _requiring(student.encoder.module, names),
-        pt.tqdm(total=len(plan), initial=run.step, desc=desc, unit='step', disable=not student.verbose) as bar,
+        _requiring(student.map.module, names),
+        pt.tqdm(
+            total=len(plan), initial=run.step, desc=type(schedule).__name__, unit='step', disable=not student.verbose
+        ) as bar,
     ):
         if run.step == 0 and validate is not None:
             # Training that only harms then changes nothing.
@@ -191,11 +191,11 @@ def _requiring(module: nn.Module, names: list[str]) -> Iterator[None]:
 class _Run:
     """Weights, optimiser and history on their way."""
 
-    def __init__(self, student: Ranker, names: list[str], schedule: Schedule, total: int, key: str, keep_zeros: bool):
-        every = dict(student.encoder.module.named_parameters())
+    def __init__(self, student: Ranker, names: list[str], schedule: Schedule, total: int, key: str):
+        every = dict(student.map.module.named_parameters())
         self.parameters = {name: every[name] for name in names}
         self.schedule, self.key = schedule, key
-        self.zeros = {n: p == 0 for n, p in self.parameters.items() if keep_zeros and p.dim() > 1}
+        self.zeros = {n: p == 0 for n, p in self.parameters.items() if schedule.keep_zeros and p.dim() > 1}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=schedule.learning_rate, weight_decay=0.0)
         warm = max(1, total // 10)
         self.rates = [min((i + 1) / warm, (total - i) / max(1, total - warm)) for i in range(total)]
@@ -251,18 +251,11 @@ class _Run:
         """Writes all that is needed to go on; the file is what it was before, or complete."""
         path = Path(str(self.schedule.checkpoint))
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f'.{path.name}.new')
         state = {name: getattr(self, name) for name in _STATE}
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        try:
-            with new.open('wb') as file:
-                torch.save(state | {'weights': weights, 'optimizer': self.optimizer.state_dict()}, file)
-                file.flush()
-                # Else a machine that dies may keep the new name and lose the content.
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+        file = io.BytesIO()
+        torch.save(state | {'weights': weights, 'optimizer': self.optimizer.state_dict()}, file)
+        write_atomic(path, file.getvalue())
 
     def _resume(self, path: Path) -> None:
         try:
@@ -271,7 +264,8 @@ class _Run:
             key = state['key']
         except (EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f'{str(path)!r} is no checkpoint of a training: give another file, or delete it'
+                f'checkpoint must be a file that training wrote, or none yet; got {str(path)!r}: give another file, or '
+                'delete it'
             ) from error
         if key != self.key:
             raise ValueError(
@@ -295,16 +289,7 @@ class _Run:
 _STATE = ('key', 'step', 'stale', 'best', 'history', 'losses', 'kept')
 
 
-def _key(schedule: Schedule, data: FitData, identity: str) -> str:
-    """Returns a name for all that determines the result."""
-    neutral = replace(schedule, checkpoint=None, checkpoint_every=1)
-    return hashlib.sha256(repr((neutral, digest(data.frame), identity)).encode()).hexdigest()
-
-
-def digest(frame: pd.DataFrame) -> str:
+def name_of(frame: pd.DataFrame) -> str:
     """Returns a name for the queries, texts and judgements in a frame, whatever the order of its rows."""
     names = [name for name in ('qid', 'query', 'docno', 'text', 'label') if name in frame.columns]
-    found = hashlib.sha256()
-    for row in sorted(frame[names].astype(str).itertuples(index=False, name=None)):
-        found.update(repr(row).encode())
-    return found.hexdigest()
+    return digest(*sorted(frame[names].astype(str).itertuples(index=False, name=None))).hex()
