@@ -188,7 +188,7 @@ def ablation_types(model, frame):
     inputs = Inputs.pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
     for tower, fields in zip(inputs.towers, model.towers, strict=True):
         for row in range(len(frame)):
-            yield fields, row, tower.types(row, inserted=False), tower.types(row), tower.alignments[row]
+            yield fields, row, tower.types(row, inserted=False), tower.types(row)
 
 
 # -- evaluation

@@ -291,12 +291,12 @@ class Ranker(Stage):
         return ModelMap(self.model)
 
     def _make_inputs(self) -> InputMaker:
+        config = self.map.module.config  # a folder that is not there is noticed here
         tokenizer = self.tokenizer if self.tokenizer is not None else self._name
         if not tokenizer and isinstance(tokenizer, str):
             raise ValueError('this module does not know where it was loaded from: give its tokenizer=')
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(str(tokenizer))
-        config = self.map.module.config
         check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
         if self.stated_.lower_case:
             tokenizer = in_lower_case(tokenizer)

@@ -192,7 +192,7 @@ def test_settings_that_make_no_sense_name_the_value():
         CrossEncoder(module, tokenizer=tokenizer, max_length=900).score(Q, T)
     with pytest.raises(ValueError, match='a loaded module is used as it is'):
         CrossEncoder(module, tokenizer=tokenizer, dtype='float16').score(Q, T)
-    with pytest.raises(ValueError, match="dtype must be one of .*got (dtype=)?'int8'"):
+    with pytest.raises(ValueError, match="dtype='int8' is none of"):
         BiEncoder(minilm_path(), dtype='int8').score(Q, T)
     with pytest.raises(ValueError, match='batch_tokens=0'):
         CrossEncoder(module, tokenizer=tokenizer, batch_tokens=0).score(Q, T)
