@@ -20,12 +20,15 @@ from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
 from pyterrier_mech.evaluation import comparison
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
 from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
-from pyterrier_mech.frames import two_versions
-from pyterrier_mech.inputs.alignment import Aligner
+from pyterrier_mech.frames import two_versions, with_columns  # noqa: F401
+from pyterrier_mech.inputs.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner  # noqa: F401
+from pyterrier_mech.inputs.batching import Budget, in_batches  # noqa: F401
 from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
+from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
+from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.

@@ -76,8 +76,8 @@ def test_the_complement_is_everything_else():
 @pytest.mark.parametrize(
     ('unit', 'message'),
     [
-        ('L1H4', r'L1H4: .* has no head 4 in layer 1; it has \[4, 4\] heads'),
-        ('L2H0', r'L2H0: .* has no head 0 in layer 2; it has \[4, 4\] heads'),
+        ('L1H4', r'L1H4: .* L1H4: .* does not have it; it has \[4, 4\] heads'),
+        ('L2H0', r'L2H0: .* L2H0: .* does not have it; it has \[4, 4\] heads'),
         ('L0N48', r'L0N48: .* has no neuron 48 in layer 0; it has \[48, 48\] neurons'),
     ],
 )

@@ -182,6 +182,12 @@ def _module(family, classifier, seed, dtype, **settings):
     return module
 
 
+def forget_shared_toys():
+    """Has them built again."""
+    _module.cache_clear()
+    SHARED.clear()
+
+
 def toy_module(family: str, *, classifier=True, seed=0, dtype=torch.float64, fresh=False, **settings):
     """A small random model and its tokenizer; the process's random state is left as it was.
 

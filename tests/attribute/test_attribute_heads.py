@@ -234,13 +234,13 @@ def test_unpatchable_rows_are_marked_and_counted():
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'method': 'magic'}, "method='magic' is none of"),
-        ({'direction': 'up'}, "direction='up' is none of"),
-        ({'heads': ['L7H0']}, 'has no head 0 in layer 7'),
+        ({'method': 'magic'}, "method must be one of .*got (method=)?'magic'"),
+        ({'direction': 'up'}, "direction must be one of .*got (direction=)?'up'"),
+        ({'heads': ['L7H0']}, 'L7H0: .* does not have it'),
         ({'steps': 0}, 'steps=0 leaves nothing'),
         ({'verify': -1}, 'verify=-1'),
         ({'method': 'gradient', 'verify': 2}, "verify=2 with method='gradient'"),
-        ({'method': 'integrated_gradients', 'baseline': 'none'}, "baseline='none' is none of"),
+        ({'method': 'integrated_gradients', 'baseline': 'none'}, "baseline must be one of .*got (baseline=)?'none'"),
     ],
 )
 def test_unknown_settings_name_the_value(settings, message):

@@ -223,7 +223,7 @@ def test_own_baselines():
 @pytest.mark.parametrize(
     ('baseline', 'error', 'message'),
     [
-        ('nothing', ValueError, "baseline='nothing' is none of"),
+        ('nothing', ValueError, "baseline must be one of .*got (baseline=)?'nothing'"),
         (7, TypeError, 'baseline=7 is neither'),
         ([1, 2, 3], ValueError, r"qid='0' docno='0': the baseline has shape \(3,\) but the input has 17 tokens"),
         (lambda ids: ids[:-1], ValueError, r"qid='0' docno='0': the baseline has shape \(16,\)"),
@@ -294,7 +294,7 @@ def test_columns_of_token_types_without_rows():
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'rule': 'simpson'}, "rule='simpson' is none of"),
+        ({'rule': 'simpson'}, "rule must be one of .*got (rule=)?'simpson'"),
         ({'points': 1}, 'points=1 makes no grid'),
         ({'points': 9, 'max_points': 5}, 'max_points=5 is below points=9'),
         ({'tolerance': 0}, 'tolerance=0 is not positive'),

@@ -263,7 +263,7 @@ def test_errors():
 
 @pytest.mark.parametrize(
     ('settings', 'message'),
-    [({'odds': 0.5}, 'odds=0.5 would call'), ({'special': 0}, 'special=0 is no share'), ({'special': 2}, 'special=2')],
+    [({'odds': 0.5}, 'odds must be 1 or more'), ({'special': 0}, 'special must be a share'), ({'special': 2}, 'got 2')],
 )
 def test_bad_thresholds(of_built, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -82,7 +82,7 @@ def test_one_head_equals_ablate_heads(value, pooling):
     model, frame = ranker('bert', pooling), frame_of(8)
     effects = AblateHeads(model, value, reference=reference(), seed=2)(frame)
     res = AblatedReranker(model, ['L1H2'], value=value, reference=reference(), seed=2)(frame)
-    np.testing.assert_allclose(res.score, effects.score_original + effects['L1H2'], atol=1e-12)
+    np.testing.assert_allclose(res.score, effects.score_plain + effects['L1H2'], atol=1e-12)
 
 
 @pytest.mark.parametrize('value', VALUES)
@@ -136,13 +136,13 @@ def test_float32_models_give_float32():
 @pytest.mark.parametrize(
     ('units', 'settings', 'kind', 'message'),
     [
-        (['L0N48'], {}, ValueError, r'L0N48: .* has no neuron 48 in layer 0; it has \[48, 48\]'),
-        (['L2H0'], {}, ValueError, 'has no head 0 in layer 2'),
+        (['L0N48'], {}, ValueError, r'L0N48: .* does not have it; it has \[48, 48\] neurons'),
+        (['L2H0'], {}, ValueError, 'L2H0: .* does not have it'),
         (['head'], {}, ValueError, "'head' does not name a head or a neuron"),
-        (3, {}, TypeError, '3 names no heads and neurons'),
-        ([], {'value': 'median'}, ValueError, "value='median' is none of"),
+        (3, {}, TypeError, 'must be a list of names; got 3'),
+        ([], {'value': 'median'}, ValueError, "value must be one of .*got (value=)?'median'"),
         ([], {'value': 'mean'}, ValueError, "value='mean' needs rows"),
-        ([], {'value': 'mean', 'reference': 'all'}, TypeError, 'reference=str is no frame'),
+        ([], {'value': 'mean', 'reference': 'all'}, TypeError, 'reference must be a frame; got str'),
         ([], {'value': 'resample', 'reference': reference().iloc[:0]}, ValueError, 'has no rows'),
     ],
 )

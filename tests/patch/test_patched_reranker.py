@@ -73,7 +73,7 @@ def test_unpatchable_rows_keep_the_score_of_the_original_and_are_counted_once():
 
 def test_an_edited_query():
     model, inp = ranker('bert'), pairs().rename(columns={'text_0': 'gone'})
-    inp = inp.assign(query_0=inp['query'], query=inp['query'] + ' rust')
+    inp = inp.assign(query_0=inp['query'], query=inp['query'] + ' rust', edited='query')
     res = PatchedReranker(model, ['L1H2'])(inp)
     assert set(res.columns) - set(inp.columns) == {'patchable'} and (res.patchable == 'yes').all()
     effects = PatchHeads(model, heads=['L1H2'])(inp)

@@ -132,7 +132,7 @@ def test_circuits_without_effects_roles_or_grid():
 
 
 def test_circuit_errors():
-    with pytest.raises(ValueError, match=r'head_counts=\[2, 2\] has no head 3 in layer 2'):
+    with pytest.raises(ValueError, match=r'head_counts=\[2, 2\] L2H3: .* does not have it'):
         plot.circuit(_circuit(), head_counts=[2, 2])
     with pytest.raises(ValueError, match='give head_counts=model.head_counts'):
         plot.circuit(Circuit.from_units(['L0N1']))

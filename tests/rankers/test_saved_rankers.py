@@ -236,6 +236,6 @@ def test_nothing_is_written_over_and_nothing_else_is_saved(tmp_path, folder):
     assert (folder / 'model.safetensors').read_bytes() == before
     with pytest.raises(ValueError, match="'modernbert' cannot be removed"):
         save_ranker(toy_cross_encoder('modernbert'), tmp_path / 'b')
-    with pytest.raises(TypeError, match='is no ranker'):
+    with pytest.raises(TypeError, match='must be a CrossEncoder'):
         save_ranker('a', tmp_path / 'b')
     assert not (tmp_path / 'b').exists()

@@ -8,45 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
+from fits import DOCS, FAST, close_weights, data, mixed, pruned, same_history, trained
+from inside import FitData, Schedule, batches, margin_error, with_negatives
+from toys import QUERIES, same_weights, toy_bi_encoder, toy_cross_encoder, weights
 
-from pyterrier_mech.prune import Distillation, FineTuning
-from pyterrier_mech.prune.data import FitData
-from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives
-from pyterrier_mech.prune.recovery.training import Schedule, batches
-from pyterrier_mech.prune.surgery import prune_units
+from pyterrier_mech import Distillation, FineTuning
 
-HEADS = [[0, 2], [1]]
-NEURONS = [list(range(0, 48, 2)), list(range(30))]
-FAST = {'epochs': 2, 'learning_rate': 3e-3, 'texts_per_query': 4, 'queries_per_batch': 2}
-DOCS = [*TEXTS, 'Dough rests in a cold place.', 'Oil the chain before the winter comes.']
-
-
-def data(queries=range(4), texts=range(4), labels=None):
-    rows = [(f'q{i}', QUERIES[i], f'd{j}', DOCS[j]) for i in queries for j in texts]
-    frame = pd.DataFrame(rows, columns=['qid', 'query', 'docno', 'text'])
-    labels = labels or [(f'q{i}', f'd{j}', (i + j) % 3) for i in queries for j in texts]
-    return FitData(frame, pd.DataFrame(labels, columns=['qid', 'docno', 'label']))
-
-
-def pruned(teacher):
-    return prune_units(teacher, HEADS, NEURONS)
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def trained(recovery, fit=None, validation=None, make=toy_cross_encoder):
-    teacher = make('bert')
-    student = pruned(teacher)
-    history = recovery.recover(student, teacher, fit or data(), validation)
-    return weights(student), history
-
+pytestmark = pytest.mark.numeric
 
 # -- the margin error and the negatives
 
@@ -96,8 +64,7 @@ def test_negatives_are_texts_of_other_queries():
 
 def test_negatives_are_drawn_by_seed_not_by_order():
     fit = some_of_each()
-    mixed = FitData(fit.frame.sample(frac=1, random_state=1).reset_index(drop=True))
-    assert negatives(fit) == negatives(mixed)
+    assert negatives(fit) == negatives(mixed(fit))
     assert len({frozenset(negatives(fit, seed=seed)[0]) for seed in range(5)}) > 1
     assert negatives(fit, 100.0)[1] <= 5 * 8 and with_negatives(fit, 0, 0) is fit
 
@@ -136,7 +103,9 @@ def tokenizer():
 
 @pytest.mark.parametrize('hidden', [0.0, 0.7])
 def test_distillation_takes_the_steps_of_a_plain_loop(hidden):
-    recovery, teacher = Distillation(**FAST, hidden=hidden, negatives=0.0), toy_cross_encoder('bert').model
+    recovery = Distillation(**FAST, hidden=hidden, negatives=0.0)
+    # Asked for hidden states, Hugging Face leaves hooks of its own.
+    teacher = toy_cross_encoder('bert', fresh=True).model
 
     def loss(module, rows, group):
         scores, ours, mask = run_plain(module, rows)
@@ -235,7 +204,7 @@ each = pytest.mark.parametrize('recovery', RECOVERIES, ids=['distillation', 'fin
 
 @each
 def test_what_is_left_as_it_was(recovery):
-    teacher = toy_cross_encoder('bert')
+    teacher = toy_cross_encoder('bert', fresh=True)
     student = pruned(teacher)
     teacher.model.train()
     student.model.bert.train()
@@ -244,7 +213,7 @@ def test_what_is_left_as_it_was(recovery):
     before, whole, state = weights(student), weights(teacher), torch.get_rng_state()
     recovery.recover(student, teacher, data())
     after = weights(student)
-    assert torch.equal(torch.get_rng_state(), state) and same(weights(teacher), whole)
+    assert torch.equal(torch.get_rng_state(), state) and same_weights(weights(teacher), whole)
     assert all(p.requires_grad and p.grad is None for p in teacher.model.parameters())
     assert teacher.model.training and student.model.bert.training and not student.model.training
     assert [n for n, p in student.model.named_parameters() if not p.requires_grad] == ['classifier.weight']
@@ -253,19 +222,17 @@ def test_what_is_left_as_it_was(recovery):
     # No softmax feels the bias of the keys, at most its rounding does.
     assert {name for name in after if 'embeddings' in name} == {name for name in stayed if 'key.bias' not in name}
     # Neither dropout nor what required gradients had a say.
-    assert same(after, trained(recovery)[0])
+    assert close_weights(after, trained(recovery)[0])
 
 
 @each
 def test_seeds_and_order(recovery):
     expected, history = trained(recovery)
     again = trained(recovery)
-    assert same(again[0], expected) and again[1].equals(history)
-    mixed = data()
-    mixed = FitData(mixed.frame.sample(frac=1, random_state=2).reset_index(drop=True), mixed.qrels)
-    assert same(trained(recovery, mixed)[0], expected)
+    assert close_weights(again[0], expected) and same_history(again[1], history)
+    assert close_weights(trained(recovery, mixed(data()))[0], expected)
     other = type(recovery)(**FAST, seed=1)
-    assert not same(trained(other)[0], expected)
+    assert not close_weights(trained(other)[0], expected, atol=1e-6)
 
 
 @each

@@ -1,51 +1,26 @@
 """Criteria of pruning that do not train: against autograd on explicit masks, the stages they summarise, and by hand."""
 
+import inside
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
-from oracle import OUT_PROJECTIONS
+from fits import add_query, assert_layers, fit_on, same_scores
+from inside import FitData
+from oracles import MLP_OUTS, OUT_PROJECTIONS
+from toys import FAMILIES, QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
 
 from pyterrier_mech import AttributeHeads, AttributeNeurons, PatchHeads, Perturb
-from pyterrier_mech.prune.criteria import (
-    Conductance,
-    Fisher,
-    Magnitude,
-    Patching,
-    Random,
-    Taylor,
-)
-from pyterrier_mech.prune.criteria.gates import unit_gradients
-from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune import Conductance, Fisher, Magnitude, Patching, Random, Taylor
 
-MLP_OUT = {
-    **dict.fromkeys(['bert', 'electra', 'roberta', 'deberta-v2', 'mpnet'], lambda layer: layer.output.dense),
-    'distilbert': lambda layer: layer.ffn.lin2,
-    'modernbert': lambda layer: layer.mlp.Wo,
-}
-
-
-def add_query(query, text):
-    return f'{text} {query.split()[0]}'
-
-
-def fit_on(n_texts=3, qrels=True):
-    rows = [(f'q{i}', q, f'd{j}', t) for i, q in enumerate(QUERIES) for j, t in enumerate(TEXTS[:n_texts])]
-    frame = pd.DataFrame(rows, columns=['qid', 'query', 'docno', 'text'])
-    labels = [(f'q{i}', f'd{j}', (i + j) % 3) for i in range(4) for j in range(n_texts)]
-    return FitData(frame, pd.DataFrame(labels, columns=['qid', 'docno', 'label']) if qrels else None)
+pytestmark = pytest.mark.numeric
 
 
 def by_masks(model, queries, texts):
     """Scores, and their derivatives by a mask on every head and neuron, pair by pair on the plain module."""
     module, family, head_dim = model.model, model.model.config.model_type, 8
-    out = OUT_PROJECTIONS[family](module.base_model)
-    parts = module.base_model
-    layers = parts.transformer if family == 'distilbert' else getattr(parts, 'encoder', parts)
-    layers = getattr(layers, 'layer', None) or layers.layers
-    maps = [*out, *(MLP_OUT[family](layer) for layer in layers)]
-    widths = [head_dim] * len(out) + [1] * len(layers)
+    out, mlp = OUT_PROJECTIONS[family](module.base_model), MLP_OUTS[family](module.base_model)
+    maps, widths = [*out, *mlp], [head_dim] * len(out) + [1] * len(mlp)
     scores, rows = [], []
     for query, text in zip(queries, texts):
         masks = [torch.ones(m.in_features // w, dtype=torch.float64).requires_grad_() for m, w in zip(maps, widths)]
@@ -60,17 +35,6 @@ def by_masks(model, queries, texts):
             handle.remove()
     g = [np.stack(layer) for layer in zip(*rows)]
     return np.asarray(scores), g[: len(out)], g[len(out) :]
-
-
-def assert_layers(found, expected, **tolerance):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected):
-        np.testing.assert_allclose(a, b, **{'rtol': 1e-7, 'atol': 1e-12, **tolerance})
-
-
-def same(a, b, **tolerance):
-    assert_layers(a.heads, b.heads, **tolerance)
-    assert_layers(a.neurons, b.neurons, **tolerance)
 
 
 # -- gradients
@@ -89,12 +53,9 @@ def test_taylor_and_fisher_are_those_of_explicit_masks(family):
 
 
 def test_gradients_of_a_bi_encoder_come_from_both_towers():
-    model, data, step = toy_bi_encoder('bert', similarity='dot'), fit_on(), 1e-5
-    batch = [(b.rows, b.neurons[0]) for b in unit_gradients(model, data)]
-    found = np.empty((len(data.frame), 48))
-    for rows, values in batch:
-        found[rows] = values
-    weight = model.encoder.layers[0].mlp_out.weight
+    model, data, step = toy_bi_encoder('bert', similarity='dot', fresh=True), fit_on(), 1e-5
+    found = inside.neuron_gradients(model, data)[0]
+    weight = model.model.encoder.layer[0].output.dense.weight
     with torch.no_grad():
         before, kept = model.score(data.queries, data.texts), weight[:, 5].clone()
         weight[:, 5] *= 1 + step
@@ -117,7 +78,7 @@ def test_pairs_without_judgement_are_left_out():
     judged = data.frame['docno'] != 'd0'
     fewer = FitData(data.frame, data.qrels[data.qrels['docno'] != 'd0'])
     found = Taylor('labels').scores(model, fewer)
-    same(found, Taylor('labels').scores(model, FitData(data.frame[judged].reset_index(drop=True), data.qrels)))
+    same_scores(found, Taylor('labels').scores(model, FitData(data.frame[judged].reset_index(drop=True), data.qrels)))
     assert found.notes == {'unjudged': 4, 'pairs': 8} and found.passes == 2
 
 
@@ -132,8 +93,8 @@ def test_patching_of_heads_is_that_of_the_stage(family):
     expected = [[frame[f'L{layer}H{head}'].abs().mean() for head in range(4)] for layer in range(2)]
     assert_layers(found.heads, expected)
     paired = Perturb(add_query)(data.frame)
-    same(found, Patching().scores(model, FitData(paired)))
-    same(found, Patching(Perturb(add_query)).scores(model, data))
+    same_scores(found, Patching().scores(model, FitData(paired)))
+    same_scores(found, Patching(Perturb(add_query)).scores(model, data))
 
 
 def test_patching_of_neurons_is_the_derivative_towards_the_other_version():
@@ -165,14 +126,14 @@ def test_pairs_that_cannot_be_patched_are_counted():
     found = Patching(lambda q, t: t if t == TEXTS[0] else add_query(q, t)).scores(model, data)
     assert found.notes['pairs'] == 8 and sum(found.notes['unpatchable'].values()) == 4
     rest = FitData(data.frame[data.frame['docno'] != 'd0'].reset_index(drop=True))
-    same(found, Patching(add_query).scores(model, rest))
+    same_scores(found, Patching(add_query).scores(model, rest))
     with pytest.raises(ValueError, match='none of the 12 pairs can be patched'):
         Patching(lambda q, t: t).scores(model, data)
 
 
 @pytest.mark.parametrize('make', [lambda: toy_cross_encoder('distilbert'), lambda: toy_bi_encoder('bert', 'cls')])
 def test_conductance_is_the_mean_of_the_stages(make):
-    model, data = make(), fit_on(2)
+    model, data = make(), fit_on(texts=range(2))
     found = Conductance(points=17, max_points=17).scores(model, data)
     neurons = AttributeNeurons(model, points=17, max_points=17)(data.frame)['neurons']
     assert_layers(found.neurons, np.abs(np.stack(neurons)).mean(0))
@@ -194,11 +155,11 @@ def test_random_is_a_function_of_seed_layer_and_unit():
 
 @pytest.mark.parametrize('family', ['bert', 'distilbert', 'modernbert'])
 def test_magnitude_is_the_root_mean_square_of_a_units_weights(family):
-    model = toy_cross_encoder(family)
-    layer, found = model.encoder.layers[1], Magnitude().scores(model)
+    model = toy_cross_encoder(family, fresh=True)
+    found = Magnitude().scores(model)
     with torch.no_grad():
-        for part in [layer.attention_out, layer.mlp_out]:
-            part.weight.zero_()
+        for parts in (OUT_PROJECTIONS, MLP_OUTS):
+            parts[family](model.model.base_model)[1].weight.zero_()
         blocks = model.model.base_model
         if family == 'modernbert':
             attention, mlp = blocks.layers[1].attn.Wqkv, blocks.layers[1].mlp.Wi

@@ -1,22 +1,22 @@
 """Criteria of pruning that train: gates and movement, against what can be computed by hand."""
 
+import inside
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import toy_bi_encoder, toy_cross_encoder
-from test_criteria import assert_layers, fit_on
+from fits import assert_layers, fit_on
+from inside import FitData
+from toys import toy_bi_encoder, toy_cross_encoder
 
-from pyterrier_mech.patch.interventions import PlainInputs
-from pyterrier_mech.prune.criteria import L0, Movement
-from pyterrier_mech.prune.criteria.gates import gated, score_rows
-from pyterrier_mech.prune.criteria.trained import _expected, _gate, _turn
-from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune import L0, Movement
+
+pytestmark = pytest.mark.numeric
 
 
 def with_useless_units():
     """A ranker with neurons and a head that the score does not feel, and others that it feels much."""
-    model = toy_cross_encoder('bert')
+    model = toy_cross_encoder('bert', fresh=True)
     layer = model.model.bert.encoder.layer[0]
     with torch.no_grad():
         layer.output.dense.weight[:, :8] = 0
@@ -54,24 +54,22 @@ def test_hard_concrete_gates():
     uniform = torch.tensor([[0.5, 0.01, 0.99, 0.3]], dtype=torch.float64)
     odds = (uniform / (1 - uniform)) ** 1.5
     expected = (odds / (1 + odds) * 1.2 - 0.1).clamp(0, 1)
-    torch.testing.assert_close(_gate(torch.zeros(4, dtype=torch.float64), uniform), expected)
+    torch.testing.assert_close(inside.gate(torch.zeros(4, dtype=torch.float64), uniform), expected)
     # The share of draws that leave the gate open is the expected one.
     alpha = torch.tensor([-1.0, 0.5], dtype=torch.float64)
     noise = torch.rand(40000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    share = (_gate(alpha, noise) > 0).double().mean(0)
+    share = (inside.gate(alpha, noise) > 0).double().mean(0)
     for unit in range(2):
         cost = torch.zeros(2, dtype=torch.float64).index_fill(0, torch.tensor(unit), 1)
-        assert float(_expected([alpha], [cost])) == pytest.approx(float(share[unit]), abs=0.01)
+        assert float(inside.expected_cost([alpha], [cost])) == pytest.approx(float(share[unit]), abs=0.01)
 
 
 def test_closed_gates_are_zero_weights():
-    model, data = toy_cross_encoder('distilbert'), fit_on()
-    inputs = PlainInputs.of(model, data.queries, data.texts)
+    model, data = toy_cross_encoder('distilbert', fresh=True), fit_on()
     heads = [torch.ones(4, dtype=torch.float64) for _ in range(2)]
     neurons = [torch.ones(48, dtype=torch.float64) for _ in range(2)]
     heads[1][2] = neurons[0][7] = 0
-    with model.computing(), gated(model.encoder, heads, neurons):
-        found = score_rows(model, inputs, np.arange(12)).numpy()
+    found = inside.gated_scores(model, data, heads, neurons)
     layers = model.model.distilbert.transformer.layer
     with torch.no_grad():
         layers[1].attention.out_lin.weight[:, 16:24] = 0
@@ -80,8 +78,8 @@ def test_closed_gates_are_zero_weights():
 
 
 def test_rows_take_turns():
-    assert _turn(5, 2, 0).tolist() == [0, 1] and _turn(5, 2, 2).tolist() == [4, 0]
-    assert _turn(3, 8, 1).tolist() == [0, 1, 2]
+    assert inside.turn(5, 2, 0).tolist() == [0, 1] and inside.turn(5, 2, 2).tolist() == [4, 0]
+    assert inside.turn(3, 8, 1).tolist() == [0, 1, 2]
 
 
 # -- movement
@@ -94,13 +92,11 @@ def one_contrast():
 
 @pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
 def test_one_step_by_hand(make):
-    model, data = make('bert'), one_contrast()
+    model, data = make('bert', fresh=True), one_contrast()
     found = Movement(steps=1, batch_pairs=1).scores(model, data)
-    inputs = PlainInputs.of(model, data.queries, data.texts)
-    with model.computing(gradients=True):
-        scores = score_rows(model, inputs, np.arange(2))
-        torch.log1p(torch.exp(scores[0] - scores[1])).backward()
-    layer = model.encoder.base.encoder.layer[1]
+    scores = inside.scores_with_gradients(model, data)
+    torch.log1p(torch.exp(scores[0] - scores[1])).backward()
+    layer = model.model.base_model.encoder.layer[1]
     attention = layer.attention.self
 
     def moved(tensor, pick):

@@ -1,23 +1,27 @@
 """The estimator: fitted in a pipeline, judged on other queries, and checked before any work."""
 
-import functools
-
 import ir_measures
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-import torch
-from conftest import QUERIES, TEXTS, assets, toy_bi_encoder, toy_cross_encoder
-from test_latency import ticking
+from fits import close_weights, ticking
+from toys import (
+    assets,
+    real_cross_encoder,
+    same_weights,
+    toy_bi_encoder,
+    toy_cross_encoder,
+    training_frame,
+    weights,
+)
 
-from pyterrier_mech import CrossEncoder, PatchHeads, PrunedReranker, stats
+from pyterrier_mech import Circuit, CrossEncoder, PatchHeads, PrunedReranker, stats
 from pyterrier_mech.prune import (
     SMA,
     Distillation,
     FineTuning,
     Fisher,
-    Magnitude,
     Movement,
     Patching,
     Plan,
@@ -25,15 +29,12 @@ from pyterrier_mech.prune import (
     Rescaling,
     prune_units,
 )
-from pyterrier_mech.results import Circuit
 
-ROWS = [(f'q{i}', query, f'd{j}', text) for i, query in enumerate(QUERIES) for j, text in enumerate(TEXTS)]
-FRAME = pd.DataFrame(ROWS, columns=['qid', 'query', 'docno', 'text'])
+FRAME = training_frame()
+
 QRELS = FRAME[['qid', 'docno']].assign(label=[(7 * i) % 3 for i in range(len(FRAME))])
 TRAIN, OTHER = FRAME[FRAME['qid'] < 'q2'], FRAME[FRAME['qid'] >= 'q2']
 SMALL = {'multiple': 8}
-
-cross = functools.cache(toy_cross_encoder)
 
 
 class Refusing:
@@ -46,17 +47,9 @@ class Refusing:
 
 
 def fitted(model=None, criterion=None, frame=TRAIN, qrels=QRELS, validation=None, **options):
-    stage = PrunedReranker(model or cross('bert'), criterion, **{**SMALL, **options})
+    stage = PrunedReranker(model or toy_cross_encoder('bert'), criterion, **{**SMALL, **options})
     stage.fit(frame, qrels, validation, None if validation is None else QRELS)
     return stage
-
-
-def weights(model):
-    return {name: part.clone() for name, part in model.encoder.module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # -- fitting
@@ -68,7 +61,7 @@ def test_fit_leaves_model_and_frame_and_makes_a_smaller_ranker(make):
     before = weights(model)
     stage = PrunedReranker(model, **SMALL)
     assert not stage.fitted and stage.fit(frame, QRELS, None, None) is None
-    assert same(weights(model), before) and frame.equals(TRAIN)
+    assert same_weights(weights(model), before) and frame.equals(TRAIN)
     plan = stage.plan_
     assert plan.check(model) is plan and 0 < len(plan.removed)
     assert stage.model_.head_counts == list(map(len, plan.heads))
@@ -76,9 +69,8 @@ def test_fit_leaves_model_and_frame_and_makes_a_smaller_ranker(make):
     assert plan.settings['kept_share'] <= 0.5 and plan.settings['criterion'] == repr(Fisher())
     assert stage.qids_ == plan.settings['qids'] == ['q0', 'q1'] and stage.scores_.joint
     assert list(stage.history_) == ['recovery', 'step', 'loss', 'validation'] and not len(stage.history_)
-    res = stage(OTHER)
-    np.testing.assert_array_equal(res['score'], stage.model_.score(OTHER['query'].tolist(), OTHER['text'].tolist()))
-    assert res.equals(pt.model.add_ranks(OTHER.assign(score=res['score'])))
+    scores = stage.model_.score(OTHER['query'].tolist(), OTHER['text'].tolist())
+    np.testing.assert_allclose(stage(OTHER)['score'], scores, atol=1e-12)
 
 
 def test_nothing_depends_on_the_order_of_rows():
@@ -87,15 +79,17 @@ def test_nothing_depends_on_the_order_of_rows():
         fitted(frame=frame, validation=OTHER, recovery=recovery)
         for frame in (TRAIN, TRAIN.sample(frac=1, random_state=3).set_axis(list('abcdefgh')))
     )
-    assert one.plan_ == other.plan_ and same(weights(one.model_), weights(other.model_))
-    pd.testing.assert_frame_equal(one.history_, other.history_)
+    assert one.plan_ == other.plan_ and close_weights(weights(one.model_), weights(other.model_))
+    pd.testing.assert_frame_equal(one.history_, other.history_, rtol=1e-7)
     assert set(one.history_['recovery']) == {'Distillation'} and one.history_['validation'].notna().all()
     assert one.qids_ == ['q0', 'q1', 'q2', 'q3']
 
 
 def test_recoveries_follow_each_other_and_one_needs_no_tuple():
     plain = fitted(recovery=())
-    assert same(weights(plain.model_), weights(prune_units(cross('bert'), plain.plan_.heads, plain.plan_.neurons)))
+    assert same_weights(
+        weights(plain.model_), weights(prune_units(toy_cross_encoder('bert'), plain.plan_.heads, plain.plan_.neurons))
+    )
     one, two = fitted(recovery=Rescaling()), fitted(recovery=(Rescaling(), FineTuning(epochs=1)))
     assert one.plan_ == plain.plan_ == two.plan_
     scores = [stage(OTHER)['score'].to_numpy() for stage in (plain, one, two)]
@@ -103,13 +97,13 @@ def test_recoveries_follow_each_other_and_one_needs_no_tuple():
 
 
 def test_a_given_plan():
-    plan = Plan.removing(cross('bert'), ['L0H1', 'L1N3'])
-    stage = PrunedReranker(cross('bert'), plan=plan, recovery=())
+    plan = Plan.removing(toy_cross_encoder('bert'), ['L0H1', 'L1N3'])
+    stage = PrunedReranker(toy_cross_encoder('bert'), plan=plan, recovery=())
     stage.fit(TRAIN)
     assert stage.plan_ is plan and stage.scores_ is None
-    expected = prune_units(cross('bert'), plan.heads, plan.neurons)(OTHER)
-    assert stage(OTHER).equals(expected)
-    again = PrunedReranker(cross('bert'), plan=fitted().plan_)
+    expected = prune_units(toy_cross_encoder('bert'), plan.heads, plan.neurons)(OTHER)
+    np.testing.assert_allclose(stage(OTHER)['score'], expected['score'], atol=1e-12)
+    again = PrunedReranker(toy_cross_encoder('bert'), plan=fitted().plan_)
     again.fit(FRAME[FRAME['qid'] == 'q2'])
     assert again.qids_ == ['q0', 'q1', 'q2']
 
@@ -138,21 +132,23 @@ def test_text_field():
     stage = fitted(frame=frame, text_field='body')
     assert stage.plan_ == fitted().plan_ and stage.model_.text_field == 'body'
     res = stage(OTHER.rename(columns={'text': 'body'}))
-    np.testing.assert_array_equal(res['score'], fitted()(OTHER)['score'])
+    np.testing.assert_allclose(res['score'], fitted()(OTHER)['score'], atol=1e-12)
 
 
 # -- the stage
 
 
 def test_before_fit():
-    stage = PrunedReranker(cross('bert'))
+    stage = PrunedReranker(toy_cross_encoder('bert'))
     with pytest.raises(ValueError, match=r'has not been fitted: call fit\(res, qrels'):
         stage(OTHER)
     with pytest.raises(ValueError, match='has not been fitted'):
         stage.save('nowhere')
 
 
-@pytest.mark.parametrize('make', [lambda: PrunedReranker(cross('bert')), fitted], ids=['unfitted', 'fitted'])
+@pytest.mark.parametrize(
+    'make', [lambda: PrunedReranker(toy_cross_encoder('bert')), fitted], ids=['unfitted', 'fitted']
+)
 def test_conventions(make):
     stage = make()
     assert pt.inspect.transformer_inputs(stage) == [['qid', 'docno', 'query', 'text']]
@@ -160,23 +156,18 @@ def test_conventions(make):
     assert outputs == ['qid', 'query', 'docno', 'text', 'score', 'rank']
     empty = stage(FRAME.head(0))
     assert list(empty) == outputs and not len(empty)
-    case = pt.testing.transformer_test_class(lambda: stage)
-    case.setUpClass()
-    for method in ('test_inspect_io', 'test_schematic'):
-        assert case(method).run().wasSuccessful()
-    case.tearDownClass()
     with pytest.raises(pt.validate.InputValidationError, match='text loader'):
         stage(FRAME.drop(columns='text'))
 
 
 def test_repr_tells_what_differs():
-    stage = PrunedReranker(cross('bert'), Random(seed=3), 0.4, protect=['L0H1'], recovery=())
+    stage = PrunedReranker(toy_cross_encoder('bert'), Random(seed=3), 0.4, protect=['L0H1'], recovery=())
     options = "criterion=Random(seed=3), sparsity=0.4, protect=['L0H1'], recovery=()"
-    assert repr(stage) == f'PrunedReranker({cross("bert")!r}, {options})'
+    assert repr(stage) == f'PrunedReranker({toy_cross_encoder("bert")!r}, {options})'
 
 
 def test_experiment_and_analysis():
-    pruned, model = fitted(), cross('bert')
+    pruned, model = fitted(), toy_cross_encoder('bert')
     given = pt.Transformer.from_df(OTHER.assign(score=0.0, rank=0))
     table = pt.Experiment(
         [given, given >> model, given >> pruned],
@@ -199,7 +190,7 @@ def test_judging():
     last = FRAME[FRAME['qid'] == 'q3']
     found = stage.compare(last, QRELS, ['ndcg_cut_10', ir_measures.RR])
     assert found.table['n_queries'].tolist() == [1, 1]
-    runs = cross('bert')(last), {'pruned': stage(last)}
+    runs = toy_cross_encoder('bert')(last), {'pruned': stage(last)}
     pd.testing.assert_frame_equal(
         found.per_query, stats.compare(*runs, QRELS, ['ndcg_cut_10', ir_measures.RR]).per_query
     )
@@ -208,7 +199,7 @@ def test_judging():
         with pytest.raises(ValueError, match=f"queries that would judge .*'{seen}'"):
             stage.compare(frame, QRELS, ['ndcg_cut_10'])
         with pytest.raises(ValueError, match=f"queries that would judge .*'{seen}'"):
-            stats.compare(cross('bert')(frame), stage(frame), QRELS, ['ndcg_cut_10'])
+            stats.compare(toy_cross_encoder('bert')(frame), stage(frame), QRELS, ['ndcg_cut_10'])
 
 
 def test_queries_of_circuits_and_of_rankers_before():
@@ -232,7 +223,7 @@ def test_queries_of_the_circuit_of_sma():
 
 def test_pruned_twice_remembers_both_fits(tmp_path):
     once = fitted()
-    assert not hasattr(cross('bert').encoder.module.config, 'fitted_on')
+    assert not hasattr(toy_cross_encoder('bert').model.config, 'fitted_on')
     once.save(tmp_path / 'once')
     for model in (once.model_, CrossEncoder(str(tmp_path / 'once' / 'ranker'), dtype='float64')):
         again = fitted(model, frame=FRAME[FRAME['qid'] == 'q2'])
@@ -242,64 +233,14 @@ def test_pruned_twice_remembers_both_fits(tmp_path):
 
 
 def test_a_plan_does_not_remove_what_is_protected():
-    stage = PrunedReranker(cross('bert'), plan=Plan.removing(cross('bert'), ['L0H1']), protect=['L0H1'], recovery=())
+    stage = PrunedReranker(
+        toy_cross_encoder('bert'),
+        plan=Plan.removing(toy_cross_encoder('bert'), ['L0H1']),
+        protect=['L0H1'],
+        recovery=(),
+    )
     with pytest.raises(ValueError, match='the plan removes L0H1, which is protected'):
         stage.fit(TRAIN)
-
-
-# -- bad input, before any work
-
-
-@pytest.mark.parametrize(
-    'options, data, message',
-    [
-        ({'sparsity': 0.0}, {}, 'sparsity=0.0 is no share'),
-        ({'sparsity': 1.5}, {}, 'sparsity=1.5 is no share'),
-        ({'speedup': 2.0}, {}, "speedup=2.0 goes with budget='latency'"),
-        ({'allocation': 'even'}, {}, 'allocation='),
-        ({'protect': ['L5H0']}, {}, 'no head 0 in layer 5'),
-        ({'sparsity': 0.95, 'protect': ['L0H0', 'L0H1']}, {}, 'what must stay takes'),
-        ({'model': cross('mpnet')}, {}, 'cannot be removed'),
-        ({'plan': Plan.removing(cross('bert'), ['L0H0'])}, {}, 'takes the place of criterion'),
-        ({'recovery': (FineTuning(),)}, {'qrels': None}, 'FineTuning needs judgements'),
-        ({'criterion': Movement()}, {'qrels': None}, 'needs judgements'),
-        ({'criterion': Patching()}, {}, 'Patching needs a second version of each text: put Perturb'),
-        ({'recovery': Rescaling(ridge=0)}, {}, 'ridge=0 must be positive'),
-        ({'recovery': Distillation(epochs=0)}, {}, 'epochs=0 must be 1 or more'),
-        ({'recovery': FineTuning(patience=0)}, {}, 'patience=0 must be 1 or more'),
-        ({}, {'qrels': QRELS.assign(qid='x')}, 'give the qrels of these topics'),
-        ({'recovery': FineTuning()}, {'qrels': QRELS.assign(docno='x')}, 'none of the 8 rows is judged'),
-        ({}, {'qrels': QRELS.drop(columns='label')}, "the qrels have no 'label'"),
-        ({}, {'validation': FRAME[FRAME['qid'] >= 'q1']}, "1 queries are in both .* 'q1'"),
-        ({}, {'frame': TRAIN.drop(columns='text')}, "no 'text': put a first stage and a text loader before"),
-        ({}, {'frame': TRAIN.head(0)}, 'has no rows'),
-        ({}, {'frame': TRAIN.assign(text=None)}, 'have no string in column'),
-        ({}, {'frame': TRAIN.assign(text_0=np.nan)}, "no string in column 'text_0'"),
-    ],
-)
-def test_bad_input_before_any_work(options, data, message):
-    options = {'model': cross('bert'), 'criterion': Refusing(), **options}
-    stage = PrunedReranker(options.pop('model'), options.pop('criterion'), **{**SMALL, **options})
-    data = {'frame': TRAIN, 'qrels': QRELS, 'validation': None, **data}
-    with pytest.raises(ValueError, match=message):
-        stage.fit(data['frame'], data['qrels'], data['validation'], None)
-    assert not stage.fitted
-    with pytest.raises(AssertionError, match='there was work'):
-        PrunedReranker(cross('bert'), Refusing(), **SMALL).fit(TRAIN, QRELS)
-
-
-def test_a_plan_for_another_model():
-    plan = Plan.removing(toy_cross_encoder('bert', seed=1), ['L0H0'])
-    with pytest.raises(ValueError, match='this plan is for a model of other weights'):
-        PrunedReranker(cross('bert'), plan=plan).fit(TRAIN)
-
-
-def test_what_is_no_step_or_ranker():
-    for options in ({'criterion': Fisher}, {'criterion': 0.5}, {'recovery': [Magnitude()]}):
-        with pytest.raises(TypeError, match='give an object'):
-            PrunedReranker(cross('bert'), **options).fit(TRAIN)
-    with pytest.raises(TypeError, match='is no ranker'):
-        PrunedReranker(cross('bert').model)
 
 
 # -- the real one
@@ -316,7 +257,7 @@ def test_the_real_cross_encoder_in_a_pipeline():
     judged['text'] = judged['text'].str[:200]
     res = pd.concat(chosen).merge(judged, on='qid').drop(columns=['split', 'label'])
     res = pt.model.add_ranks(res.assign(score=0.0))
-    model = CrossEncoder(str(folder / 'models' / 'ce-minilm-l6'), device='cpu')
+    model = real_cross_encoder()
     pruned = PrunedReranker(model, sparsity=0.3)
     pipeline = pt.Transformer.from_df(res) >> pruned
     pipeline.fit(chosen[0][['qid', 'query']], qrels, None, None)

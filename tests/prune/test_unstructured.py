@@ -1,23 +1,29 @@
 """Single weights set to zero: which, how many, and that training may keep them so."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import QUERIES, TEXTS, toy_bi_encoder, toy_cross_encoder
+from inside import fit_data
+from toys import (
+    HEAD_DIM,
+    HEADS,
+    NEURONS,
+    QUERIES,
+    TEXTS,
+    same_weights,
+    toy_bi_encoder,
+    toy_cross_encoder,
+    training_frame,
+    weights,
+)
 
-from pyterrier_mech import PatchHeads
-from pyterrier_mech.prune import Distillation, UnitScores, mask_weights
-from pyterrier_mech.prune.data import fit_data
-
-HEADS, NEURONS, HEAD_DIM = 4, 48, 8
-ROWS = [(f'q{i}', query, f'd{j}', text) for i, query in enumerate(QUERIES) for j, text in enumerate(TEXTS)]
-FRAME = pd.DataFrame(ROWS, columns=['qid', 'query', 'docno', 'text'])
+from pyterrier_mech import Distillation, PatchHeads
+from pyterrier_mech.prune import UnitScores, mask_weights
 
 
 def maps(model):
     """The linear maps of a BERT, by their own names: (kind, rows or columns, layer, weight)."""
-    for number, layer in enumerate(model.encoder.module.base_model.encoder.layer):
+    for number, layer in enumerate(model.model.base_model.encoder.layer):
         attention = layer.attention.self
         for part in (attention.query, attention.key, attention.value):
             yield 'heads', 0, number, part.weight.detach()
@@ -34,16 +40,15 @@ def flat(model, change=lambda kind, dim, layer, weight: weight):
 @pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
 def test_the_smallest_weights_go(make, sparsity):
     model = make('bert')
-    before = {name: part.clone() for name, part in model.encoder.module.state_dict().items()}
+    before = weights(model)
     masked = mask_weights(model, sparsity)
     whole, left = flat(model), flat(masked)
     gone = left == 0
     assert gone.sum() == round(sparsity * len(whole)) and len(whole) == 2 * (4 * 32 * 32 + 2 * 32 * 48)
     np.testing.assert_array_equal(left[~gone], whole[~gone])
     assert np.abs(whole[gone]).max() <= np.abs(whole[~gone]).min()
-    after = model.encoder.module.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    changed = {name for name, part in masked.encoder.module.state_dict().items() if not torch.equal(part, before[name])}
+    assert same_weights(weights(model), before)
+    changed = {name for name, part in weights(masked).items() if not torch.equal(part, before[name])}
     assert changed and all('.layer.' in name and name.endswith('.weight') and 'Norm' not in name for name in changed)
 
 
@@ -83,7 +88,7 @@ def test_equal_scores_are_no_scores():
 
 def test_distillation_keeps_the_zeros():
     model = toy_cross_encoder('bert')
-    data = fit_data(FRAME, None, model, 'text')
+    data = fit_data(training_frame(), None, model, 'text')
     for keep in (True, False):
         masked = mask_weights(model, 0.5)
         before = flat(masked)
@@ -98,7 +103,7 @@ def test_it_is_a_ranker_of_the_same_size():
     masked = mask_weights(model, 0.5)
     assert masked.head_counts == model.head_counts and masked.label == 1
     assert np.abs(masked.score(QUERIES, TEXTS) - model.score(QUERIES, TEXTS)).max() > 1e-4
-    pairs = FRAME.assign(text_0=FRAME['text'], text=FRAME['text'] + ' rust')
+    pairs = training_frame().assign(text_0=lambda f: f['text'], text=lambda f: f['text'] + ' rust')
     assert 'L1H3' in PatchHeads(masked)(pairs).columns
 
 

@@ -7,15 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import toy_cross_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import Costs, check_budget, flop_costs, parameter_costs
+from toys import toy_cross_encoder
 
+from pyterrier_mech import Circuit, Units
 from pyterrier_mech.prune import Plan, UnitScores, make_plan
-from pyterrier_mech.prune.plans.costs import Costs, flop_costs, parameter_costs
-from pyterrier_mech.prune.plans.planning import check_budget
-from pyterrier_mech.results import Circuit
-from pyterrier_mech.units import Units
 
 HEADS, NEURONS, LAYERS = 4, 48, 4
 
@@ -181,7 +179,7 @@ def test_one_strong_layer_among_six():
     assert 0.4 < neurons[5] <= 0.85 and neurons[:5].min() >= 0.15
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     sparsity=st.floats(0.02, 0.98),
@@ -226,8 +224,8 @@ def test_any_scores(seed, sparsity, budget, allocation, joint, multiple, scale):
         ({'sparsity': 1.0}, 'sparsity=1.0 is no share'),
         ({'sparsity': float('nan')}, 'sparsity=nan is no share'),
         ({'sparsity': None}, 'sparsity=None is no share'),
-        ({'budget': 'time'}, "budget='time' is none of"),
-        ({'allocation': 'even'}, "allocation='even' is none of"),
+        ({'budget': 'time'}, "budget must be one of .*got (budget=)?'time'"),
+        ({'allocation': 'even'}, "allocation must be one of .*got (allocation=)?'even'"),
         ({'sparsity': None, 'speedup': 2.0}, "speedup=2.0 goes with budget='latency'"),
         ({'budget': 'latency', 'speedup': 2.0}, "speedup=2.0 goes with budget='latency' and without sparsity"),
         ({'budget': 'latency', 'sparsity': None, 'speedup': 1.0}, 'speedup=1.0 is not above 1'),
@@ -235,7 +233,7 @@ def test_any_scores(seed, sparsity, budget, allocation, joint, multiple, scale):
         ({'multiple': 0}, 'multiple=0 is no number of neurons'),
         ({'multiple': 0.5}, 'multiple=0.5 is no number of neurons'),
         ({'tokens': 0}, 'tokens=0 is no length'),
-        ({'protect': ['L9H0']}, 'has no head 0 in layer 9'),
+        ({'protect': ['L9H0']}, 'L9H0: .* does not have it'),
         ({'sparsity': 0.9, 'protect': [f'L0H{i}' for i in range(4)]}, r'what must stay takes .* 4 protected units'),
         ({'budget': 'latency', 'latency': flat_latency(cross('bert'))}, 'these costs are for a model with'),
     ],
