@@ -3,6 +3,7 @@
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ from pyterrier_mech.prune.plans.latency import corrected  # noqa: F401
 from pyterrier_mech.prune.plans.planning import check_budget  # noqa: F401
 from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives  # noqa: F401
 from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
+from pyterrier_mech.rankers import ranker
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.
@@ -75,6 +77,17 @@ def described_as(model_type, **changes):
         yield
     finally:
         register_family(family)
+
+
+def load_names_as(monkeypatch, toys):
+    """Has names that are no folder loaded by the functions of `toys`; what is registered meanwhile is forgotten."""
+    for function, toy in toys.items():
+
+        def load(name, *args, real=getattr(ranker, function), toy=toy, **settings):
+            return (real if Path(name).is_dir() else toy)(name, *args, **settings)
+
+        monkeypatch.setattr(ranker, function, load)
+    monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
 
 
 def budget_of(model):
