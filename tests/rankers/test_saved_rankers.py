@@ -142,6 +142,7 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     same_scores(loaded, model)
 
 
+@pytest.mark.real
 def test_the_real_cross_encoder(tmp_path):
     dense = real_cross_encoder()
     heads = [list(range(layer, 12, 2)) for layer in range(6)]
