@@ -236,6 +236,7 @@ def test_unknown_settings_name_the_value(settings, message):
         AttributeTokens(toy_cross_encoder('bert'), **settings)(frame_of(4))
 
 
+@pytest.mark.real
 def test_real_cross_encoder():
     model = real_cross_encoder()
     rows = frame_of(1).assign(query='what is a cat', text='The cat is a small domesticated carnivorous mammal.')

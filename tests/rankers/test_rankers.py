@@ -224,6 +224,7 @@ def test_bi_encoder_pools_the_modules_hidden_states(family, pooling, similarity)
     np.testing.assert_allclose(model.score(Q, T), expected, atol=1e-12)
 
 
+@pytest.mark.real
 def test_bi_encoder_reads_pooling_and_similarity_from_sentence_transformers():
     sentence_transformers = pytest.importorskip('sentence_transformers')
     model = BiEncoder(minilm_path(), device='cpu')
@@ -257,6 +258,7 @@ def test_bi_encoder_wants_a_known_pooling():
 # -- the real cross-encoder
 
 
+@pytest.mark.real
 def test_real_cross_encoder_equals_the_plain_module():
     model = real_cross_encoder()
     module = AutoModelForSequenceClassification.from_pretrained(model.model).eval()
