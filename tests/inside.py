@@ -18,6 +18,7 @@ from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
 from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
 from pyterrier_mech.evaluation import comparison
+from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes  # noqa: F401
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
 from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
 from pyterrier_mech.frames import two_versions, with_columns  # noqa: F401
@@ -27,9 +28,11 @@ from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
+from pyterrier_mech.perturb.statistics import plain_words  # noqa: F401
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
-from pyterrier_mech.units import Site, Units  # noqa: F401
+from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
+from pyterrier_mech.units import Site, Units, unit_columns  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.
 evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
@@ -108,7 +111,14 @@ def sides(model, row, filler='a'):
     aligner, found = Aligner(model.maker, filler), []
     for tower in model.towers:
         one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
-        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), tuple(one.marked_types()), one.problem))
+        found.append(
+            Side(
+                _inputs(model, one, 'original'),
+                _inputs(model, one, 'perturbed'),
+                tuple(one.marked_types()),
+                one.problem,
+            )
+        )
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from inside import Analysis, unit_columns
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -299,8 +300,14 @@ def training_frame():
 
 
 def effect_frame(rows, heads):
-    """Rows of (qid, docno, score_original, score_perturbed, one value per head)."""
-    return pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads])
+    """Rows of (qid, docno, score_original, score_perturbed, one value per head), as PatchHeads would note them."""
+    return noted(pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads]))
+
+
+def noted(frame, direction='perturbed_to_original', effect='difference', by='PatchHeads'):
+    """The frame with the note of the analysis that wrote its head columns."""
+    names = [unit.name for unit in unit_columns(frame)]
+    return frame.assign(analysis=str(Analysis(by, {'direction': direction, 'effect': effect}, names)))
 
 
 def simulated_effects(rng, n_queries):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from toys import toy_cross_encoder
+from toys import noted, toy_cross_encoder
 
 from pyterrier_mech import AblatedReranker, Circuit, HeadEffects, NeuronEffects, Units, discover_circuit
 
@@ -15,12 +15,12 @@ def _effects(values, **options):
     """Head effects whose ratio is the value with an interval of no width; four queries."""
     rows = [{'qid': q, 'docno': 'd', 'score_original': 1.0, 'score_perturbed': 3.0} for q in 'abcd']
     return HeadEffects.from_frame(
-        pd.DataFrame([row | {name: 2 * value for name, value in values.items()} for row in rows]), **options
+        noted(pd.DataFrame([row | {name: 2 * value for name, value in values.items()} for row in rows])), **options
     )
 
 
 def _neurons(values, **options):
-    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error': 0.0})
+    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error.neurons': 0.0})
     frame['neurons'] = [np.asarray(values, dtype=float), np.zeros(np.shape(values))]
     qrels = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'label': [1, 0]})
     return NeuronEffects.from_frame(frame, qrels, **options)
@@ -40,7 +40,8 @@ def circuit():
 
 class TestDiscovery:
     def test_heads_by_absolute_ratio_whose_interval_excludes_zero(self):
-        found = discover_circuit(_effects(HEADS))
+        effects = _effects(HEADS)
+        found = discover_circuit(effects)
         assert found.heads['name'].tolist() == ['L0H1', 'L1H0', 'L1H1', 'L0H0']
         assert found.heads['effect'].tolist() == [-0.5, 0.3, 0.2, 0.1]
         assert found.heads['effect_low'].tolist() == found.heads['effect_high'].tolist() == [-0.5, 0.3, 0.2, 0.1]
@@ -50,6 +51,7 @@ class TestDiscovery:
             'k': None,
             'share': None,
             'confidence': 0.95,
+            'analysis': effects.analysis,
             'n_heads': 5,
             'n_certain': 4,
             'head_counts': [3, 2],
@@ -71,7 +73,7 @@ class TestDiscovery:
             {'layer': 0, 'neuron': 0, 'name': 'L0N0', 'effect': 5, 'role': 'relevance'},
         ]
         assert circuit.qids == ['a', 'b', 'c', 'd', 'x', 'y']
-        assert (circuit.settings['p'], circuit.settings['label'], circuit.settings['fuse']) == (
+        assert (circuit.settings['p'], circuit.settings['scheme'], circuit.settings['fuse']) == (
             25,
             'relevance',
             'average',

@@ -17,7 +17,8 @@ from toys import (
     weights,
 )
 
-from pyterrier_mech import CrossEncoder, efficiency
+from pyterrier_mech import CrossEncoder
+from pyterrier_mech.stats import efficiency
 
 D, HEADS, FF, LAYERS = 32, 4, 48, 2
 
