@@ -102,7 +102,7 @@ def efficiency(
         are NaN where a batch of that size does not fit in the memory of the device.
 
     Raises:
-        TypeError: If there is no ranker in what is given.
+        TypeError: If what is given is not a ranker and does not hold one.
         ValueError: If the frame is empty, lacks columns or texts, `repeats` or a batch size is below 1, or the two
             rankers are on different devices.
     """
@@ -222,7 +222,7 @@ def _sides(model: Any, baseline: Ranker | None) -> dict[str, Ranker]:
     for name, ranker in sides.items():
         if not isinstance(ranker, Ranker):
             raise TypeError(
-                f'{name}={ranker!r} is no ranker: give a CrossEncoder or BiEncoder, or a PrunedReranker after fit'
+                f'{name} must be a CrossEncoder, a BiEncoder, or a PrunedReranker after fit; got {name}={ranker!r}'
             )
     devices = {name: str(ranker.map.device) for name, ranker in sides.items()}
     if len(set(devices.values())) > 1:
@@ -232,7 +232,7 @@ def _sides(model: Any, baseline: Ranker | None) -> dict[str, Ranker]:
 
 def _checked_sizes(batch_sizes: Iterable[int | None], repeats: int) -> list[int | None]:
     if repeats < 1:
-        raise ValueError(f'repeats={repeats!r} measures nothing: use 1 or more')
+        raise ValueError(f'repeats must be 1 or more; got repeats={repeats!r}')
     sizes = list(batch_sizes)
     bad = [size for size in sizes if size is not None and not (isinstance(size, Integral) and size >= 1)]
     if bad or not sizes:

@@ -87,8 +87,8 @@ class TestDiscovery:
         ('settings', 'message'),
         [
             ({'k': 1, 'share': 0.1}, 'k=1 and share=0.1 both say'),
-            ({'k': 0}, 'k=0 leaves no head'),
-            ({'share': 0}, 'share=0 is no share'),
+            ({'k': 0}, 'k must be 1 or more; got k=0'),
+            ({'share': 0}, 'share must be above 0.*got share=0'),
             ({'share': 1.5}, 'share=1.5'),
             ({'roles': pd.DataFrame({'layer': [0]})}, "roles= has no 'head', 'role'"),
         ],
@@ -98,9 +98,9 @@ class TestDiscovery:
             discover_circuit(_effects(HEADS), **settings)
 
     def test_bad_effects(self):
-        with pytest.raises(TypeError, match='effects=DataFrame are no HeadEffects: give HeadEffects.from_frame'):
+        with pytest.raises(TypeError, match='effects must be HeadEffects, HeadEffects.from_frame.*got DataFrame'):
             discover_circuit(pd.DataFrame())
-        with pytest.raises(TypeError, match='neurons=DataFrame are no NeuronEffects'):
+        with pytest.raises(TypeError, match='neurons must be NeuronEffects.*got DataFrame'):
             discover_circuit(_effects(HEADS), neurons=pd.DataFrame())
         with pytest.raises(ValueError, match=r'None of the 1 heads has an interval.*4 queries.*patch more topics'):
             discover_circuit(_effects({'L0H0': 0.0}))
@@ -123,7 +123,7 @@ class TestCircuit:
         assert circuit.top(2).units == Units.of(['L0H1', 'L1H0', 'L1N1'])
         assert circuit.top(4) == circuit and circuit.top(1).qids == circuit.qids
         for size in (-1, 5):
-            with pytest.raises(ValueError, match=f'size={size}: this circuit has parts of 0 to 4'):
+            with pytest.raises(ValueError, match=f'size must be between 0 and 4.*got size={size}'):
                 circuit.top(size)
         only = Circuit.from_units(['L0N3', 'L0N1', 'L1N0'])
         assert only.top(2).units == Units.of(['L0N3', 'L0N1'])

@@ -139,7 +139,7 @@ def test_without_matplotlib(monkeypatch):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"column='n' cannot be drawn. Choose one of \['ratio', 'mean'\]"):
+    with pytest.raises(ValueError, match=r"column must be one of \['ratio', 'mean'\]; got column='n'"):
         plot.heads(_effects(UNEVEN), column='n')
     frame = _frame(UNEVEN).assign(score_perturbed=1.0)
     with pytest.warns(UserWarning, match='is NaN'):

@@ -163,7 +163,7 @@ def test_completeness_and_no_random():
 
 
 def test_faithfulness_errors():
-    with pytest.raises(ValueError, match="column='size' cannot be drawn"):
+    with pytest.raises(ValueError, match="column must be one of .*; got column='size'"):
         plot.faithfulness(_curves(), column='size')
     with pytest.raises(ValueError, match=r"no \['kind'\]: give what faithfulness"):
         plot.faithfulness(_curves().drop(columns='kind'))

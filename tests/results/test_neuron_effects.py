@@ -209,7 +209,7 @@ class TestErrors:
             ({'p': 1, 'scheme': 'good'}, "scheme must be one of .*got scheme='good'"),
             ({'p': 1, 'fuse': 'union'}, "fuse='union'"),
             ({'p': 1, 'by': 'size'}, "by='size'"),
-            ({'p': 1, 'datasets': ['dl']}, r"datasets=\['dl'\] are not among \['all'\]"),
+            ({'p': 1, 'datasets': ['dl']}, r"datasets must be among \['all'\]; got datasets=\['dl'\]"),
             ({'p': 1, 'datasets': []}, r'datasets=\[\]'),
         ],
     )
