@@ -6,6 +6,7 @@ A toy is built once per process for the same settings and shared: who changes on
 
 import copy
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from inside import Analysis, unit_columns
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -300,14 +300,15 @@ def training_frame():
 
 
 def effect_frame(rows, heads):
-    """Rows of (qid, docno, score_original, score_perturbed, one value per head), as PatchHeads would note them."""
-    return noted(pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads]))
+    """Rows of (qid, docno, score_original, score_perturbed, one value per head)."""
+    frame = pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads])
+    return analysed(frame)
 
 
-def noted(frame, direction='perturbed_to_original', effect='difference', by='PatchHeads'):
-    """The frame with the note of the analysis that wrote its head columns."""
-    names = [unit.name for unit in unit_columns(frame)]
-    return frame.assign(analysis=str(Analysis(by, {'direction': direction, 'effect': effect}, names)))
+def analysed(frame, by='PatchHeads', direction='perturbed_to_original', effect='difference'):
+    """The frame with the column in which a stage says how its head columns were made."""
+    note = {'by': by, 'direction': direction, 'effect': effect, 'columns': ' '.join(heads_of(frame))}
+    return frame.assign(analysis=json.dumps(note))
 
 
 def simulated_effects(rng, n_queries):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from toys import noted, toy_cross_encoder
+from toys import analysed, toy_cross_encoder
 
 from pyterrier_mech import AblatedReranker, Circuit, HeadEffects, NeuronEffects, Units, discover_circuit
 
@@ -15,7 +15,7 @@ def _effects(values, **options):
     """Head effects whose ratio is the value with an interval of no width; four queries."""
     rows = [{'qid': q, 'docno': 'd', 'score_original': 1.0, 'score_perturbed': 3.0} for q in 'abcd']
     return HeadEffects.from_frame(
-        noted(pd.DataFrame([row | {name: 2 * value for name, value in values.items()} for row in rows])), **options
+        analysed(pd.DataFrame([row | {name: 2 * value for name, value in values.items()} for row in rows])), **options
     )
 
 

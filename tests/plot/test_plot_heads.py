@@ -5,7 +5,7 @@ import builtins
 import numpy as np
 import pandas as pd
 import pytest
-from toys import noted
+from toys import analysed
 
 from pyterrier_mech import plot
 from pyterrier_mech.results import HeadEffects
@@ -23,7 +23,7 @@ def _effects(matrix: list[list[float]], **options) -> HeadEffects:
 
 def _frame(matrix: list[list[float]]) -> pd.DataFrame:
     heads = {f'L{i}H{j}': 2 * value for i, row in enumerate(matrix) for j, value in enumerate(row)}
-    return noted(
+    return analysed(
         pd.DataFrame([{'qid': q, 'docno': 'd', 'score_original': 1.0, 'score_perturbed': 3.0, **heads} for q in 'abc'])
     )
 

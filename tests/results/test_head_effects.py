@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from toys import effect_frame, noted, simulated_effects
+from toys import analysed, effect_frame, simulated_effects
 
 from pyterrier_mech import HeadEffects
 
@@ -104,14 +104,14 @@ class TestNumbers:
 class TestDirection:
     def test_ratios_of_the_other_direction_divide_by_the_change_in_it(self, by_hand):
         plain = HeadEffects.from_frame(by_hand)
-        reverse = HeadEffects.from_frame(noted(by_hand, 'original_to_perturbed'))
+        reverse = HeadEffects.from_frame(analysed(by_hand, direction='original_to_perturbed'))
         np.testing.assert_allclose(reverse.to_frame()['ratio'], -plain.to_frame()['ratio'])
         np.testing.assert_allclose(reverse.to_frame()['mean'], plain.to_frame()['mean'])
         assert reverse.mean_delta == plain.mean_delta
 
     def test_normalised_effects_are_refused(self, by_hand):
         with pytest.raises(ValueError, match='are normalized, ratios already'):
-            HeadEffects.from_frame(noted(by_hand, effect='normalized'))
+            HeadEffects.from_frame(analysed(by_hand, effect='normalized'))
 
 
 class TestMissingData:
@@ -130,7 +130,7 @@ class TestMissingData:
                 ).drop(columns='analysis'),
             ]
         )
-        frame = noted(frame)
+        frame = analysed(frame)
         effects = HeadEffects.from_frame(frame)
         assert effects.n_unpatchable == {'no reason given': 1, 'truncated': 2, 'unchanged': 1}
         assert (effects.n_rows, effects.n_used, effects.n_nan) == (8, 4, 0)
