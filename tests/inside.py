@@ -108,7 +108,7 @@ def sides(model, row, filler='a'):
     aligner, found = Aligner(model.maker, filler), []
     for tower in model.towers:
         one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
-        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), tuple(one.marked_types()), one.problem))
+        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
     return found
 
 
@@ -188,7 +188,7 @@ def ablation_types(model, frame):
     inputs = Inputs.pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
     for tower, fields in zip(inputs.towers, model.towers, strict=True):
         for row in range(len(frame)):
-            yield fields, row, tower.types(row, inserted=False), tower.types(row), tower.alignments[row]
+            yield fields, row, tower.types(row, inserted=False), tower.types(row)
 
 
 # -- evaluation

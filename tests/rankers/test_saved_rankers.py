@@ -93,7 +93,7 @@ def test_a_bi_encoder_remembers_its_settings(tmp_path, pooling, similarity):
     model = prune_units(BiEncoder(module, tokenizer=tokenizer, **settings), HEADS, NEURONS)
     save_ranker(model, tmp_path / 'a')
     loaded = BiEncoder(str(tmp_path / 'a'), dtype='float64')
-    assert (loaded.pooling_, loaded.similarity_) == (pooling, similarity)
+    assert (loaded.stated_.pooling, loaded.stated_.similarity) == (pooling, similarity)
     assert loaded.prefixes_ == {'query': 'query: ', 'text': 'rise '}
     same_scores(loaded, model)
     # Read off the files, then carried by the ranker around the smaller module.
