@@ -26,9 +26,7 @@ def main(model: str = 'ce-minilm-l6', pairs: int = 1000, device: str = 'cpu', re
     frame = candidates(pairs)
     queries, texts = list(frame['query']), list(frame['text'])
     path = ours.model
-    theirs = TheirCrossEncoder(
-        path, device=device, activation_fn=torch.nn.Identity(), max_length=ours.maker.max_length
-    )
+    theirs = TheirCrossEncoder(path, device=device, activation_fn=torch.nn.Identity(), max_length=ours.maker.max_length)
     both = list(zip(queries, texts, strict=True))
 
     def predict(size):
