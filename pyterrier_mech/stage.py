@@ -63,17 +63,17 @@ class Stage(pt.Transformer):
             return Units.of(value)
         return hashable(value)
 
-    def identity(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Any, ...]:
         """Returns everything that the result depends on: the class and the settings."""
         return (type(self), *(self._key(one) for one in self._fields() if one.name not in _NEUTRAL))
 
     def __eq__(self, other: object) -> bool:
         """Equal stages give equal results."""
-        return isinstance(other, Stage) and self.identity() == other.identity()
+        return isinstance(other, Stage) and self.key() == other.key()
 
     def __hash__(self) -> int:
         """Fits `__eq__`."""
-        return hash(self.identity())
+        return hash(self.key())
 
     def __repr__(self) -> str:
         """Returns the call that makes the stage, settings that are not the default included."""

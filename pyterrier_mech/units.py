@@ -47,7 +47,7 @@ class Unit(NamedTuple):
     """One head or neuron of a site."""
 
     site: Site
-    index: int
+    index: int  # type: ignore[assignment]
 
     @property
     def name(self) -> str:
@@ -206,9 +206,8 @@ class Units(frozenset[Unit]):
             counts = model.counts(kind)
             for unit in sorted(self.of_kind(kind)):
                 if unit.index >= counts.get(unit.site, 0):
-                    raise ValueError(
-                        f'{unit.name}: {model!r} does not have it; it has {list(counts.values())} {kind}, layer by layer'
-                    )
+                    there = list(counts.values())
+                    raise ValueError(f'{unit.name}: {model!r} does not have it; it has {there} {kind}, layer by layer')
         return self
 
     @property

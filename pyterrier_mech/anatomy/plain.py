@@ -31,7 +31,7 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
         return f'attention runs by {module.config._attn_implementation!r}'
     if any(getattr(torch_modules, name, None) for name in _GLOBAL_HOOKS):
         return 'there are global hooks on modules'
-    known = {'torch', 'transformers', 'pyterrier_mech', _root(type(module.base_model))}
+    known = {'torch', 'transformers', 'pyterrier_mech', _root(module.base_model.__class__)}
     for part in module.modules():
         if reason := _touched(part, known):
             return f'a {type(part).__name__} {reason}'
@@ -64,9 +64,9 @@ def _touched(part: nn.Module, known: set[str]) -> str:
         return 'has a forward of its own'
     if state.get('_compiled_call_impl') is not None:
         return 'is compiled'
-    return '' if _root(type(part)) in known else f'is of {type(part).__module__}'
+    return '' if _root(part.__class__) in known else f'is of {type(part).__module__}'
 
 
 @cache
-def _root(kind: type) -> str:
+def _root(kind: Any) -> str:
     return kind.__module__.partition('.')[0]

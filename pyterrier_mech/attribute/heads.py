@@ -202,7 +202,7 @@ class AttributeHeads(Keeping, ModelStage):
 
         for result in integrate(
             model,
-            lines(model, *texts_of(inp, self, self.text).values(), self.baseline, row_names(inp)),
+            lines(model, texts_of(inp, self, self.text), self.baseline, row_names(inp)),
             site=HEADS,
             rule=Rule('trapezoid', self.points, np.inf, self.points),
             reduce=reduce,

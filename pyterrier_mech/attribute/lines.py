@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyterrier_mech.frames import Fields
 from pyterrier_mech.inputs.inputs import Inputs, Tower
 
 Baseline = str | np.ndarray | Sequence[int] | Callable[[np.ndarray], Any]
@@ -76,15 +77,12 @@ def moving_tower(model: Any, baseline: Baseline) -> int:
     return next(i for i, fields in enumerate(model.towers) if field in fields)
 
 
-def lines(
-    model: Any, queries: Sequence[str], texts: Sequence[str], baseline: Baseline, names: Sequence[str]
-) -> list[Line]:
+def lines(model: Any, fields: Fields, baseline: Baseline, names: Sequence[str]) -> list[Line]:
     """Returns the line of every row.
 
     Args:
         model: A ranker.
-        queries: Query of every row.
-        texts: Text of every row.
+        fields: Query and text of every row.
         baseline: 'query' (query tokens become padding tokens, all else stays), 'all' (all but the special tokens do),
             token ids, or a function from the input's token ids to the baseline's.
         names: What an error calls each row.
@@ -93,10 +91,9 @@ def lines(
         ValueError: If a baseline has another length than its input, or the tokenizer has no padding token.
     """
     tower = moving_tower(model, baseline)
-    values = {'query': queries, 'text': texts}
-    inputs = Inputs.plain(model, queries, texts, types=True)
+    inputs = Inputs.plain(model, fields['query'], fields['text'], types=True)
     with model.computing():
-        others = [model.vectors(fields[0], values[fields[0]]) for i, fields in enumerate(model.towers) if i != tower]
+        others = [model.vectors(of[0], fields[of[0]]) for i, of in enumerate(model.towers) if i != tower]
     result = []
     for row, name in enumerate(names):
         still = tuple(vectors[row] for vectors in others)

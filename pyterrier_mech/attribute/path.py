@@ -250,7 +250,7 @@ class Integrating(Keeping, ModelStage):
 
     def lines(self, inp: pd.DataFrame) -> list[Line]:
         """Returns the line of every row, from its baseline to its input."""
-        return lines(self.model, *texts_of(inp, self, self.text).values(), self.baseline, row_names(inp))
+        return lines(self.model, texts_of(inp, self, self.text), self.baseline, row_names(inp))
 
     def walking(self) -> dict[str, Any]:
         """Returns the arguments of `integrate` that follow from the settings."""

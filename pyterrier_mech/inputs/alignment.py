@@ -185,7 +185,7 @@ class Aligner:
             sides.append((template.framed(tokens, template.specials), template.framed(shown, ones)))
         (original, mask_0), (perturbed, mask_1) = sides
         arrays = [np.asarray(values, dtype=np.int64) for values in (original, perturbed, segments, mask_0, mask_1)]
-        return Alignment(*arrays, tuple(changes), tuple(types), problem)
+        return Alignment(*arrays, tuple(changes), tuple(types), problem)  # type: ignore[call-arg, arg-type]
 
 
 def _type(cell: _Cell, field: str, in_query: set[int]) -> str:

@@ -19,7 +19,9 @@ ORIGINAL, PERTURBED = 'original', 'perturbed'
 class Reader(Protocol):
     """What a ranker says of how it reads texts."""
 
-    towers: tuple[tuple[str, ...], ...]
+    @property
+    def towers(self) -> Sequence[Sequence[str]]:
+        """The fields that are read together, tower by tower."""
 
     @property
     def maker(self) -> InputMaker:
@@ -184,15 +186,12 @@ class Inputs:
         """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
         aligner = Aligner(model.maker, filler)
         ids = [{field: model.tokenize(field, texts[field]) for field in texts} for texts in (original, perturbed)]
-        aligned = [
-            [
-                aligner.align(
-                    *([side[field].row(row) for field in tower] for side in ids), tower, query=ids[1]['query'].row(row)
-                )
-                for row in range(len(original['text']))
-            ]
-            for tower in model.towers
-        ]
+
+        def align(tower: Sequence[str], row: int) -> Alignment:
+            before, after = ([side[field].row(row) for field in tower] for side in ids)
+            return aligner.align(before, after, tower, query=ids[1]['query'].row(row))
+
+        aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in model.towers]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
         pad = model.maker.pad_id
         towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]

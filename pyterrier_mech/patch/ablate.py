@@ -40,7 +40,7 @@ class Ablation(ModelStage):
         def make() -> Replacement:
             return Replacement(self.model, chosen, self.value, self.reference, self.seed, self.text)
 
-        return self.cached('replacement', (self.identity(), chosen), make)
+        return self.cached('replacement', (self.key(), chosen), make)
 
 
 @dataclass(eq=False, repr=False)

@@ -141,7 +141,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
 
     def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
         """Returns everything that the result depends on: the settings, and what was fitted with them."""
-        return (*super().identity(), *((self.plan_, self.name_) if self.fitted else ()))
+        return (*super().key(), *((self.plan_, self.name_) if self.fitted else ()))
 
     def _fitted_with(self) -> tuple[Any, ...]:
         """Returns the settings that a fit depends on."""
@@ -149,7 +149,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
 
     def _key(self, one: Field[Any]) -> Any:
         # A ranker's settings may be changed in place.
-        return self.model.identity() if one.name == 'model' and self.model is not None else super()._key(one)
+        return self.model.key() if one.name == 'model' and self.model is not None else super()._key(one)
 
     @property
     def text(self) -> str:

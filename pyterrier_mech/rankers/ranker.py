@@ -257,7 +257,7 @@ class Ranker(Stage):
     @property
     def stated_(self) -> Stated:
         """How texts are read and scored: as given, or as the files beside the weights state."""
-        return self.cached('stated', self.identity(), self._stated)
+        return self.cached('stated', self.key(), self._stated)
 
     def _stated(self) -> Stated:
         if self._carried is not None:
@@ -279,8 +279,8 @@ class Ranker(Stage):
 
     def _load(self) -> ModelMap:
         if self._by_name:
-            settings = {'dtype': dtype_of(self.dtype), 'device': device_of(self.device)}
-            return ModelMap(load_module(self._name, classifier=self.classifier, **settings))
+            dtype, device = dtype_of(self.dtype), device_of(self.device)
+            return ModelMap(load_module(self._name, classifier=self.classifier, dtype=dtype, device=device))
         check_module(self.model)
         # TF32 is a way to compute, not a type that the module would have to be converted to.
         if self.device is not None or self.dtype not in (None, 'tf32'):

@@ -102,7 +102,7 @@ class Conductance:
         above = 0
         for result in integrate(
             model,
-            lines(model, data.queries, data.texts, self.baseline, row_names(data.frame)),
+            lines(model, {'query': data.queries, 'text': data.texts}, self.baseline, row_names(data.frame)),
             site=site,
             rule=self._rule,
             reduce=reduce,
