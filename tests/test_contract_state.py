@@ -5,13 +5,14 @@ import sys
 import threading
 from contextlib import contextmanager
 
+import inside
 import numpy as np
 import pytest
 import torch
 from stages import OF_MODELS, STAGES, UNHOOKABLE, bi, close, modules_of
 from toys import same_weights, weights
 
-from pyterrier_mech import AblatedReranker
+from pyterrier_mech import AblatedReranker, BiEncoder, CrossEncoder
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*cannot be patched', 'ignore:.*rows unchanged')
 
@@ -148,11 +149,12 @@ def test_two_threads_on_one_model_give_what_one_gives(name, module):
 
 
 @each_hookable
-def test_out_of_memory_changes_no_number(name, module):
+def test_out_of_memory_halves_the_budget_and_changes_no_number(name, module):
     make, frame, _ = STAGES[name]
     stage = make(module)
     expected = stage(frame())
-    limit, refused = 70, []
+    ranker = stage if stage.__class__ in (CrossEncoder, BiEncoder) else getattr(stage, 'model_', stage.model)
+    budget, limit, refused = inside.budget_of(ranker), 70, []
 
     def full(_, args):
         tokens = args[0].shape[:-1].numel()
@@ -166,4 +168,5 @@ def test_out_of_memory_changes_no_number(name, module):
     for handle in handles:
         handle.remove()
     assert refused, 'there was no need to halve anything'
+    assert inside.budget_of(ranker) <= budget // 2, 'the smaller budget is not remembered'
     close(res, expected)

@@ -7,7 +7,6 @@ part is of another type, or anything has a hook or a forward of its own, the mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -67,6 +66,5 @@ def _touched(part: nn.Module, known: set[str]) -> str:
     return '' if _root(part.__class__) in known else f'is of {type(part).__module__}'
 
 
-@cache
-def _root(kind: Any) -> str:
+def _root(kind: type) -> str:
     return kind.__module__.partition('.')[0]

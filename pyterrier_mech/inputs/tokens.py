@@ -1,4 +1,4 @@
-"""Token ids of texts, and the frame of special tokens around them: every text is tokenised once, pairs are joined by ids.
+"""Token ids of texts, and the special tokens around them: every text is tokenised once, pairs are joined by ids.
 
 The result is what the tokenizer's own pair encoding gives, special tokens, segment ids and truncation included.
 """

@@ -38,7 +38,8 @@ def started(model: Any, inputs: Inputs, versions: Sequence[Fields], n_effects: i
         for row, texts in enumerate(versions):
             table[row, inputs.rest] = model.score(*[[texts[f][i] for i in inputs.rest] for f in ('query', 'text')])
         warnings.warn(
-            f'{len(inputs.rest)} of {len(inputs)} pairs cannot be patched ({reasons(inputs)}); see the patchable column',
+            f'{len(inputs.rest)} of {len(inputs)} pairs cannot be patched ({reasons(inputs)}); '
+            'see the patchable column',
             stacklevel=4,
         )
     return table

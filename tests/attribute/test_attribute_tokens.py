@@ -205,6 +205,14 @@ def test_columns():
     assert res.token_effects.iloc[0].dtype == np.float32 and isinstance(res.tokens.iloc[0], list)
 
 
+def test_equality_and_repr_by_settings():
+    model = CrossEncoder('some/name')
+    stages = [AttributeTokens(model), AttributeTokens(model, baseline='query', points=17)]
+    assert stages[0] != stages[1]
+    for stage in stages:
+        assert eval(repr(stage)) == stage and hash(eval(repr(stage))) == hash(stage)
+
+
 def test_empty_texts():
     rows = frame_of(3).assign(query=['', 'bread', ''], text=['bread', '', ''])
     res = AttributeTokens(toy_cross_encoder('bert'))(rows)

@@ -3,9 +3,9 @@
 import pandas as pd
 import pyterrier as pt
 import pytest
-from toys import minilm_path
+from toys import minilm_path, toy_cross_encoder
 
-from pyterrier_mech import BiEncoder
+from pyterrier_mech import TFC1, BiEncoder, PatchHeads, Perturb
 from pyterrier_mech.lab import LabDataset, LabProvider
 
 
@@ -45,6 +45,19 @@ def test_text_loader(lab):
         lab.text_loader()(inp.assign(docno='x1'))
     with pytest.raises(ValueError, match="'title'"):
         lab.text_loader('title')
+
+
+def test_texts_are_a_stage_that_can_be_drawn(lab):
+    stage = lab.text_loader()
+    assert stage.fuse_rank_cutoff(3) == pt.RankCutoff(3) >> stage
+    case = pt.testing.transformer_test_class(lab.text_loader)
+    case.setUpClass()
+    for method in ('test_inspect_io', 'test_schematic'):
+        outcome = case(method).run()
+        assert outcome is not None and outcome.wasSuccessful(), outcome
+    case.tearDownClass()
+    drawn = pt.schematic.draw(stage >> Perturb(TFC1()) >> PatchHeads(toy_cross_encoder('bert')))
+    assert all(label in drawn for label in ('Lab texts', 'Perturb', 'PatchHeads'))
 
 
 def test_everything_that_both_rankers_find_first_is_judged(lab, tmp_path):

@@ -7,6 +7,7 @@ import inside
 import numpy as np
 import oracles
 import pandas as pd
+import pyterrier as pt
 import pytest
 import torch
 from toys import (
@@ -25,7 +26,7 @@ from toys import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from pyterrier_mech import HeadEffects, PatchHeads
+from pyterrier_mech import CrossEncoder, HeadEffects, PatchHeads
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 
@@ -159,6 +160,23 @@ def test_columns():
     new = [column for column in res.columns if column not in frame.columns]
     heads = [f'L{i}H{h}' for i in (0, 1) for h in range(4)]
     assert new == ['score_original', 'score_perturbed', 'patchable', *heads, 'analysis']
+
+
+def test_inputs_and_outputs_are_those_of_the_documentation():
+    stage = PatchHeads(toy_cross_encoder('bert'))
+    inputs = ['qid', 'docno', 'query', 'text']
+    assert pt.inspect.transformer_inputs(stage) == [[*inputs, 'text_0'], [*inputs, 'query_0']]
+    outputs = pt.inspect.transformer_outputs(stage, [*inputs, 'text_0'])
+    assert outputs[5:8] == ['score_original', 'score_perturbed', 'patchable'] and outputs[8] == 'L0H0'
+
+
+def test_equality_and_repr_by_settings():
+    model = CrossEncoder('some/name')
+    stages = [PatchHeads(model), PatchHeads(model, filler='mask'), PatchHeads(model, effect='normalized')]
+    stages += [PatchHeads(model, heads=('L0H1',), direction='original_to_perturbed')]
+    assert len(set(stages)) == 4
+    for stage in stages:
+        assert eval(repr(stage)) == stage and hash(eval(repr(stage))) == hash(stage)
 
 
 def test_unpatchable_rows_stay_marked_and_counted():
