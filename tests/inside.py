@@ -54,6 +54,7 @@ from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 
+alignment_module = sys.modules['pyterrier_mech.inputs.alignment']
 # By its full name: the package may export the function under the name of the module.
 evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
 
