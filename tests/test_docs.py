@@ -11,10 +11,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import QUERIES, TEXTS, toy_module
+import torch
+from inside import families
+from toys import QUERIES, TEXTS, toy_module
 
 import pyterrier_mech
-from pyterrier_mech.rankers import families, ranker
+from pyterrier_mech.rankers import folders, ranker
 
 REPOSITORY = Path(pyterrier_mech.__file__).parents[1]
 DOCS = Path(pyterrier_mech.__file__).parent / 'pt_docs'
@@ -25,6 +27,15 @@ PARTS = {
     for name in re.findall(r'^\.\. include:: (\S+)\.rst$', (DOCS / f'{file}.rst').read_text(encoding='utf-8'), re.M)
 }
 PAGES = [file for file in FILES if file not in PARTS]
+
+# What the bi-encoders among the fakes state.
+SIDECARS = {
+    'modules.json': [
+        {'type': 'sentence_transformers.models.Transformer', 'path': ''},
+        {'type': 'sentence_transformers.models.Pooling', 'path': '1_Pooling'},
+    ],
+    '1_Pooling/config.json': {'pooling_mode_mean_tokens': True},
+}
 
 _BLOCK = re.compile(
     r'^(?P<indent> *)\.\. code-block:: (?P<language>\S+)\n'
@@ -78,29 +89,28 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(pt, 'get_dataset', lambda name: dataset)
     pisa.PisaIndex('my-index.pisa', text_field='text').index(dataset.get_corpus_iter())
 
-    module, tokenizer = toy_module('bert', dtype=None)
+    module, tokenizer = toy_module('bert', dtype=torch.float32)
     module.save_pretrained('my-model')
     tokenizer.save_pretrained('my-model')
 
     def load_module(name, *, classifier, dtype, device):
-        return toy_module('bert', classifier=classifier, dtype=dtype)[0].to(device)
+        return toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
 
-    sidecars = {
-        'modules.json': [{'type': 'models.Transformer', 'path': ''}, {'type': 'models.Pooling', 'path': '1_Pooling'}],
-        '1_Pooling/config.json': {'pooling_mode_mean_tokens': True},
-    }
+    def load_json(name, file):
+        return SIDECARS.get(file) if name.startswith('sentence-transformers/') else None
+
     toys = {
-        'load_module': load_module,
-        'load_config': lambda name: module.config,
-        'load_tokenizer': lambda name: tokenizer,
-        'load_json': lambda name, file: sidecars.get(file),
+        (ranker, 'load_module'): load_module,
+        (ranker, 'load_config'): lambda name: module.config,
+        (ranker, 'load_tokenizer'): lambda name: tokenizer,
+        (folders, 'load_json'): load_json,
     }
-    for function, toy in toys.items():
+    for (room, function), toy in toys.items():
 
-        def load(name, *args, real=getattr(ranker, function), toy=toy, **settings):
+        def load(name, *args, real=getattr(room, function), toy=toy, **settings):
             return (real if Path(name).is_dir() else toy)(name, *args, **settings)
 
-        monkeypatch.setattr(ranker, function, load)
+        monkeypatch.setattr(room, function, load)
     monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
     yield tmp_path
     plt.close('all')
@@ -183,7 +193,7 @@ def heat_map(*arguments):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('bi', [[], ['--bi']])
+@pytest.mark.parametrize('bi', [[], ['--bi', '--model', 'sentence-transformers/all-MiniLM-L6-v2']])
 def test_heat_map_script(world, bi, capsys):
     heat_map('--index', 'my-index.pisa', '--dataset', 'irds:any', '--axiom', 'TFC1', '--out', 'out.png', *bi)
     assert (world / 'out.png').stat().st_size
