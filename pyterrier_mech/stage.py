@@ -149,7 +149,7 @@ class ModelStage(Stage):
             TypeError: If the model is not a ranker.
             ValueError: If a setting is not among its options.
         """
-        if not hasattr(self.model, 'counts'):
+        if isinstance(self.model, type) or not hasattr(self.model, 'counts'):
             raise TypeError(
                 f'model must be a ranker, such as CrossEncoder(name) or BiEncoder(name); got {self.model!r}'
             )

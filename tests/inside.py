@@ -3,6 +3,7 @@
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 
 from pyterrier_mech import PatchHeads
 from pyterrier_mech.anatomy import families
+from pyterrier_mech.anatomy.edits import columns_of, zeros
 from pyterrier_mech.anatomy.families import Family, register_family  # noqa: F401
 from pyterrier_mech.anatomy.families import _classify_bert as classify_bert  # noqa: F401
 from pyterrier_mech.anatomy.readouts import READOUTS  # noqa: F401
+from pyterrier_mech.anatomy.resizing import keep_units  # noqa: F401
 from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
@@ -28,6 +31,23 @@ from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
+from pyterrier_mech.prune.criteria.gates import gating, unit_gradients
+from pyterrier_mech.prune.criteria.trained import _expected as expected_cost  # noqa: F401
+from pyterrier_mech.prune.criteria.trained import _gate as gate  # noqa: F401
+from pyterrier_mech.prune.criteria.trained import _turn as turn  # noqa: F401
+from pyterrier_mech.prune.data import (  # noqa: F401
+    FitData,
+    fit_data,
+    sample,  # noqa: F401
+)
+from pyterrier_mech.prune.plans import latency
+from pyterrier_mech.prune.plans.costs import Costs, flop_costs, parameter_costs  # noqa: F401
+from pyterrier_mech.prune.plans.latency import corrected  # noqa: F401
+from pyterrier_mech.prune.plans.planning import check_budget  # noqa: F401
+from pyterrier_mech.prune.protocol import check_step as check_needs  # noqa: F401
+from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives  # noqa: F401
+from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
+from pyterrier_mech.rankers import folders, ranker
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 
@@ -64,6 +84,18 @@ def described_as(model_type, **changes):
         yield
     finally:
         register_family(family)
+
+
+def load_names_as(monkeypatch, toys):
+    """Has names that are no folder loaded by the functions of `toys`; what is registered meanwhile is forgotten."""
+    for function, toy in toys.items():
+        room = ranker if hasattr(ranker, function) else folders
+
+        def load(name, *args, real=getattr(room, function), toy=toy, **settings):
+            return (real if Path(name).is_dir() else toy)(name, *args, **settings)
+
+        monkeypatch.setattr(room, function, load)
+    monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
 
 
 def budget_of(model):
@@ -108,7 +140,7 @@ def sides(model, row, filler='a'):
     aligner, found = Aligner(model.maker, filler), []
     for tower in model.towers:
         one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
-        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), tuple(one.marked_types()), one.problem))
+        found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
     return found
 
 
@@ -188,7 +220,7 @@ def ablation_types(model, frame):
     inputs = Inputs.pairs(model, *two_versions(frame, PatchHeads(model), 'text'), 'a')
     for tower, fields in zip(inputs.towers, model.towers, strict=True):
         for row in range(len(frame)):
-            yield fields, row, tower.types(row, inserted=False), tower.types(row), tower.alignments[row]
+            yield fields, row, tower.types(row, inserted=False), tower.types(row)
 
 
 # -- evaluation
@@ -204,3 +236,59 @@ def replace_clock(monkeypatch, now, score):
     monkeypatch.setattr(evaluation_efficiency, 'perf_counter', now)
     monkeypatch.setattr(evaluation_efficiency._Pass, 'score', lambda run: score(run.ranker))
     monkeypatch.setattr(evaluation_efficiency, 'count_flops', lambda call: call() or 1)
+
+
+# -- pruning
+
+
+def neuron_gradients(model, data):
+    """Derivatives of every row's score by a factor on every neuron, layer by layer [rows, neurons]."""
+    found = [np.empty((len(data.frame), model.n_neurons(layer))) for layer in range(model.n_layers)]
+    for batch in unit_gradients(model, data):
+        for layer, values in zip(found, batch.neurons, strict=True):
+            layer[batch.rows] = values
+    return found
+
+
+def gated_scores(model, data, heads, neurons):
+    """Scores with a factor on every head and neuron."""
+    inputs = Inputs.plain(model, data.queries, data.texts)
+    with model.computing():
+        return model.run(inputs, np.arange(len(data.frame)), edits=gating(model, [*heads, *neurons])).numpy()
+
+
+def scores_with_gradients(model, data):
+    """Scores of all rows, with a graph."""
+    inputs = Inputs.plain(model, data.queries, data.texts)
+    with model.computing(gradients=True):
+        return model.run(inputs, np.arange(len(data.frame)))
+
+
+def replace_latency_clock(monkeypatch, now):
+    """Has tables of times read another clock."""
+    monkeypatch.setattr(latency.time, 'perf_counter', now)
+
+
+def paths_of_pruned(model, pruned, units, texts):
+    """(found, expected) of every way through the encoder of a pruned ranker; expected is the silenced model's."""
+    inputs = Inputs.plain(model, *texts)
+    batch = inputs.batch(0, np.arange(len(texts[0])))
+    real, sites = batch.tensors['attention_mask'].bool(), model.map.sites
+    edits = zeros(columns_of(model.map, Units.of(units)))
+    with pruned.computing(), model.computing():
+        record = [*sites('resid_pre'), *sites('heads')]
+        expected = model.map.run(batch, edits=edits)
+        run = model.map.run(batch, record=record, contexts=True, edits=edits)
+        yield pruned.map.run(batch).hidden[real], expected.hidden[real]
+        yield pruned.map.represent(batch, READOUTS['cls'])[0], expected.hidden[:, 0]
+        for index, (layer, context) in enumerate(zip(pruned.map.layers, run.contexts, strict=True)):
+            x, z = run.values[Site('resid_pre', index)], run.values[Site('heads', index)]
+            columns = [model.map.layers[index].columns(head) for head in kept_heads(model, units, index)]
+            left = torch.cat([z[..., :0], *(z[..., part] for part in columns)], -1)
+            yield layer.z(x, context)[real], left[real]
+            yield layer.z_at(x, context, 0), left[:, :1]
+
+
+def kept_heads(model, units, index):
+    gone = {unit.index for unit in Units.of(units) if unit.site == Site('heads', index)}
+    return [head for head in range(model.n_heads(index)) if head not in gone]

@@ -31,7 +31,7 @@ REMOVED = {
     'no heads': (all_heads(0) | all_heads(1), set()),
     'everything': (all_heads(0) | all_heads(1), all_neurons(0) | all_neurons(1)),
 }
-UNITS = {name: Units(frozenset(heads), frozenset(neurons)) for name, (heads, neurons) in REMOVED.items()}
+UNITS = {name: Units.of({'heads': heads, 'neurons': neurons}) for name, (heads, neurons) in REMOVED.items()}
 
 every_family = pytest.mark.parametrize('family', RESIZABLE)
 # ELECTRA and RoBERTa are cut by the same description as BERT: for them, two sets are enough.

@@ -18,9 +18,9 @@ from pyterrier_mech import (
     PatchHeads,
     Perturb,
     PrunedReranker,
-    Random,
     perturbation,
 )
+from pyterrier_mech.prune import Random
 
 UNITS = ['L0H1', 'L1H3', 'L0N5']
 

@@ -13,11 +13,13 @@ LEVELS = [
     'inputs',
     'rankers',
     'evaluation perturb',
-    'patch attribute',
+    'patch',
+    'attribute',
     'results',
     'circuits features',
     'prune',
-    'plot report lab',
+    'plot report',
+    'lab',
     'cli',
     '__main__',
 ]
@@ -27,7 +29,7 @@ PACKAGE, TESTS = Path(pyterrier_mech.__file__).parent, Path(__file__).parent
 # Public names of what lives elsewhere.
 ALIASES = {'stats.py', 'measures.py', '__init__.py'}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob('*.py'))]
-PUBLIC = {'', 'attribute', 'circuits', 'evaluation', 'lab', 'measures', 'patch', 'perturb', 'plot', 'prune'}
+PUBLIC = {'attribute', 'cli', 'circuits', 'evaluation', 'lab', 'measures', 'patch', 'perturb', 'plot', 'prune'}
 PUBLIC |= {'rankers', 'results', 'stats'}
 
 

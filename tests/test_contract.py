@@ -11,7 +11,8 @@ from stages import OF_MODELS, STAGES, WITH_UNITS, close, cross, new_columns, pla
 from toys import minilm_path, toy_module
 
 from pyterrier_mech import *  # noqa: F403
-from pyterrier_mech import BiEncoder, Circuit, CrossEncoder, PrunedReranker, Random, Units
+from pyterrier_mech import BiEncoder, Circuit, CrossEncoder, PrunedReranker, Units
+from pyterrier_mech.prune import Random
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*cannot be patched', 'ignore:.*rows unchanged')
 

@@ -21,7 +21,8 @@ found = {'loaded': [name for name in extras if name in sys.modules], 'java': pt.
 import matplotlib, pandas
 before = dict(matplotlib.rcParams)
 rows = [{'qid': q, 'docno': 'd', 'score_original': 0.0, 'score_perturbed': 1.0, 'L0H0': 0.5} for q in 'ab']
-plot.heads(pandas.DataFrame(rows))
+note = json.dumps({'by': 'PatchHeads', 'direction': 'perturbed_to_original', 'columns': 'L0H0'})
+plot.heads(pyterrier_mech.HeadEffects.from_frame(pandas.DataFrame(rows).assign(analysis=note)))
 plot.circuit(Circuit.from_units(['L0H1']))
 plot.tokens({'tokens': ['a'], 'token_effects': [1.0]})
 found['style is as before'] = dict(matplotlib.rcParams) == before

@@ -25,11 +25,11 @@ class WithUnits:
         ({'heads': ['L0H1', (1, 1)], 'neurons': ['L0N3', (1, 4)]}, {(0, 1), (1, 1)}, {(0, 3), (1, 4)}),
         ({'neurons': []}, set(), set()),
         (WithUnits(), {(1, 0)}, {(0, 5)}),
-        (Units(frozenset({(0, 0)})), {(0, 0)}, set()),
+        (Units.of([(0, 0)]), {(0, 0)}, set()),
     ],
 )
 def test_what_names_units(given, heads, neurons):
-    assert Units.of(given) == Units(frozenset(heads), frozenset(neurons))
+    assert Units.of(given) == Units.of({'heads': heads, 'neurons': neurons})
 
 
 @pytest.mark.parametrize('unit', ['L3', 'H3L1', 'L03H1', 'l0h1', '', (1,), (1, 2, 3), (0.5, 1), (-1, 0), None, 3])
@@ -40,9 +40,9 @@ def test_what_names_none_is_quoted(unit):
 
 
 def test_what_is_no_list_says_what_to_give():
-    with pytest.raises(TypeError, match='7 names no heads and neurons: give a list'):
+    with pytest.raises(TypeError, match='must be a list of names; got 7'):
         Units.of(7)
-    with pytest.raises(ValueError, match="'layers' is no kind of unit"):
+    with pytest.raises(ValueError, match="the keys must be 'heads' and 'neurons'; got 'layers'"):
         Units.of({'layers': [1]})
     with pytest.raises(ValueError, match="'L0N1' stands among the heads"):
         Units.of({'heads': ['L0N1']})
@@ -50,7 +50,7 @@ def test_what_is_no_list_says_what_to_give():
 
 def test_order_length_and_repr_do_not_depend_on_how_the_set_was_made():
     units = Units.of(['L1N3', 'L10H0', 'L2H1', 'L0N20', 'L0N3'])
-    assert list(units) == units.names == ['L2H1', 'L10H0', 'L0N3', 'L0N20', 'L1N3'] and len(units) == 5
+    assert [unit.name for unit in sorted(units)] == units.names == ['L2H1', 'L10H0', 'L0N3', 'L0N20', 'L1N3'] and len(units) == 5
     assert repr(units) == "Units.of(['L2H1', 'L10H0', 'L0N3', 'L0N20', 'L1N3'])"
     assert eval(repr(units)) == units == Units.of(reversed(units.names)) == pickle.loads(pickle.dumps(units))
     assert hash(eval(repr(units))) == hash(units) and not Units() and eval(repr(Units())) == Units()
@@ -61,8 +61,6 @@ def test_set_algebra():
     assert (a | b).names == ['L0H0', 'L0H1', 'L0N1', 'L1N1']
     assert (a & b).names == ['L0H1', 'L0N1']
     assert (a - b).names == ['L0H0'] and (b - a).names == ['L1N1']
-    with pytest.raises(TypeError):
-        a | {'L0H0'}
 
 
 def test_the_complement_is_everything_else():
@@ -76,9 +74,9 @@ def test_the_complement_is_everything_else():
 @pytest.mark.parametrize(
     ('unit', 'message'),
     [
-        ('L1H4', r'L1H4: .* L1H4: .* does not have it; it has \[4, 4\] heads'),
-        ('L2H0', r'L2H0: .* L2H0: .* does not have it; it has \[4, 4\] heads'),
-        ('L0N48', r'L0N48: .* has no neuron 48 in layer 0; it has \[48, 48\] neurons'),
+        ('L1H4', r'L1H4: .* does not have it; it has \[4, 4\] heads'),
+        ('L2H0', r'L2H0: .* does not have it; it has \[4, 4\] heads'),
+        ('L0N48', r'L0N48: .* does not have it; it has \[48, 48\] neurons'),
     ],
 )
 def test_a_unit_that_the_model_has_not_is_named_with_the_counts(unit, message):
@@ -98,10 +96,10 @@ def test_random_sets_have_as_many_units_in_every_layer():
     like = Units.of(['L0H1', 'L2H0', 'L2H3', *[f'L1N{i}' for i in range(9)]])
     drawn = [Units.random(like, model, seed=seed) for seed in range(20)]
     for units in drawn:
-        assert [sum(layer == i for layer, _ in units.heads) for i in range(4)] == [1, 0, 2, 0]
-        assert [sum(layer == i for layer, _ in units.neurons) for i in range(4)] == [0, 9, 0, 0]
+        assert [sum(site.layer == i for site, _ in units.heads) for i in range(4)] == [1, 0, 2, 0]
+        assert [sum(site.layer == i for site, _ in units.neurons) for i in range(4)] == [0, 9, 0, 0]
     assert len(set(drawn)) == 20 and drawn[3] == Units.random(like.names, model, seed=3)
-    assert {unit for units in drawn for unit in units.neurons} == {(1, i) for i in range(48)}
+    assert {unit.name for units in drawn for unit in units.neurons} == {f'L1N{i}' for i in range(48)}
 
 
 def test_random_sets_over_all_layers_have_the_same_totals():
@@ -109,7 +107,7 @@ def test_random_sets_over_all_layers_have_the_same_totals():
     like = Units.of(['L0H0', 'L0H1', 'L0N0'])
     drawn = [Units.random(like, model, seed=seed, per_layer=False) for seed in range(20)]
     assert all((len(units.heads), len(units.neurons)) == (2, 1) for units in drawn)
-    assert {layer for units in drawn for layer, _ in units.heads} == {0, 1}
+    assert {site.layer for units in drawn for site, _ in units.heads} == {0, 1}
 
 
 def test_random_sets_of_one_seed_are_nested_and_the_same_in_every_process():

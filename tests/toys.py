@@ -6,6 +6,7 @@ A toy is built once per process for the same settings and shared: who changes on
 
 import copy
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -300,7 +301,14 @@ def training_frame():
 
 def effect_frame(rows, heads):
     """Rows of (qid, docno, score_original, score_perturbed, one value per head)."""
-    return pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads])
+    frame = pd.DataFrame(rows, columns=['qid', 'docno', 'score_original', 'score_perturbed', *heads])
+    return analysed(frame)
+
+
+def analysed(frame, by='PatchHeads', direction='perturbed_to_original', effect='difference'):
+    """The frame with the column in which a stage says how its head columns were made."""
+    note = {'by': by, 'direction': direction, 'effect': effect, 'columns': ' '.join(heads_of(frame))}
+    return frame.assign(analysis=json.dumps(note))
 
 
 def simulated_effects(rng, n_queries):

@@ -40,8 +40,8 @@ class Alignment:
         original_mask: 1 where the original input has a token that may be attended to, else 0 [tokens].
         perturbed_mask: The same for the perturbed input.
         changes: For every position 'same', 'replaced', 'inserted' (the perturbed input has more) or 'deleted'.
-        types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query) or
-            'doc_other', whether it was inserted or not.
+        plain_types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query)
+            or 'doc_other', whether it was inserted or not.
         problem: Why the pair cannot be patched, or ''.
     """
 
@@ -51,16 +51,18 @@ class Alignment:
     original_mask: np.ndarray
     perturbed_mask: np.ndarray
     changes: tuple[str, ...]
-    types: tuple[str, ...]
+    plain_types: tuple[str, ...]
     problem: str = ''
 
     def __len__(self) -> int:
         """Number of positions."""
         return len(self.original)
 
-    def marked_types(self) -> list[str]:
-        """Returns the types, those of inserted positions as 'inserted'."""
-        return [_INSERTED if c == _INSERTED else kind for c, kind in zip(self.changes, self.types, strict=True)]
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The types of the positions, those of inserted ones as 'inserted'."""
+        both = zip(self.changes, self.plain_types, strict=True)
+        return tuple(_INSERTED if change == _INSERTED else kind for change, kind in both)
 
     def positions(self, change: str) -> np.ndarray:
         """Returns the positions with a given change."""
@@ -73,7 +75,7 @@ class Alignment:
                 'original': tokenizer.convert_ids_to_tokens(self.original.tolist()),
                 'perturbed': tokenizer.convert_ids_to_tokens(self.perturbed.tolist()),
                 'change': self.changes,
-                'type': self.marked_types(),
+                'type': self.types,
             }
         )
 

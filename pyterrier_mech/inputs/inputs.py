@@ -123,7 +123,7 @@ class AlignedTower:
 
     def types(self, row: int, inserted: bool = True) -> Sequence[str]:
         """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
-        return self.alignments[row].marked_types() if inserted else self.alignments[row].types
+        return self.alignments[row].types if inserted else self.alignments[row].plain_types
 
     def unchanged(self, row: int) -> bool:
         """Whether both versions of a row are one."""

@@ -1,4 +1,4 @@
-"""What the figures share: where to draw, grids of heads, legends below, and the error without Matplotlib."""
+"""What the figures share: where to draw, grids of heads, legends below, texts as they are, and errors."""
 
 from __future__ import annotations
 
@@ -76,13 +76,18 @@ def plain_axes(ax: Axes) -> None:
 
 
 def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
-    """Puts a legend below the label of the x axis, where there is anything to name."""
+    """Puts a legend below the label of the x axis, where there is anything to name.
+
+    Where no layout of Matplotlib makes room for it, the axes go up.
+    """
     from matplotlib.transforms import ScaledTranslation
 
     if not handles:
         return
-    below_label = ax.transAxes + ScaledTranslation(0, -0.42, ax.figure.dpi_scale_trans)
-    ax.legend(
+    # `figure` is a part of one where the axes stand in a part.
+    figure = cast('Figure', ax.figure)
+    below_label = ax.transAxes + ScaledTranslation(0, -0.42, figure.dpi_scale_trans)
+    legend = ax.legend(
         handles=handles,
         loc='upper center',
         bbox_to_anchor=(0.5, 0),
@@ -94,6 +99,11 @@ def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
         handletextpad=0.5,
         columnspacing=1.5,
     )
+    if figure.get_layout_engine() is None:
+        below = legend.get_window_extent().transformed(figure.transSubfigure.inverted()).y0
+        if below < 0:
+            space = figure.subplotpars
+            figure.subplots_adjust(bottom=min(space.bottom - below + 0.01, space.top - 0.1))
 
 
 def inks(colours: np.ndarray) -> np.ndarray:
@@ -102,7 +112,32 @@ def inks(colours: np.ndarray) -> np.ndarray:
     return np.where(colours[..., :3] ** 2.2 @ [0.2126, 0.7152, 0.0722] > 0.22, 'black', 'white')
 
 
-def set_title(ax: Axes, title: str | None) -> None:
-    """Puts a title above the axes, if there is one."""
+def finish(ax: Axes, title: str | None, *beside: Axes) -> None:
+    """Puts a title above the axes, if there is one, and makes every text literal: a dollar sign is money here.
+
+    Args:
+        ax: The axes of the figure, with what stands inside them.
+        title: The title.
+        beside: Axes that were made for them, such as that of a colour bar.
+    """
+    from matplotlib.text import Text
+    from matplotlib.ticker import ScalarFormatter
+
     if title is not None:
         ax.set_title(title, fontsize=10)
+    for part in (ax, *beside):
+        for formatter in (part.xaxis.get_major_formatter(), part.yaxis.get_major_formatter()):
+            if isinstance(formatter, ScalarFormatter):
+                formatter.set_useMathText(False)
+        for text in part.findobj(Text):
+            cast('Text', text).set_parse_math(False)
+
+
+def check_kind(value: Any, kind: type, way_out: str) -> None:
+    """Checks what a figure is asked to draw.
+
+    Raises:
+        TypeError: If it is of another kind.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f'the first argument must be {way_out}; got {type(value).__name__}')

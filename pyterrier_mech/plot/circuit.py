@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyterrier_mech.plot._style import figure_and_axes, grid_size, head_axes, legend_below, set_title
+from pyterrier_mech.plot._style import check_kind, figure_and_axes, finish, grid_size, head_axes, legend_below
 from pyterrier_mech.results.circuit import UNKNOWN, Circuit
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def circuit(
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        TypeError: If the first argument is of another kind.
         ValueError: If a head is outside of `head_counts`, or there is no head and no grid to draw.
     """
+    check_kind(circuit, Circuit, 'a Circuit: discover_circuit(effects) or Circuit.from_units(units)')
     heads = circuit.heads
     counts = _head_counts(circuit, head_counts)
     width = max(counts)
@@ -79,7 +81,7 @@ def circuit(
         )
     _neuron_counts(ax, circuit, len(counts), width)
     legend_below(ax, _handles(heads['role'].tolist(), effect, largest), ncols=3 if width >= 8 else 2)
-    set_title(ax, title)
+    finish(ax, title)
     return figure
 
 
@@ -87,13 +89,13 @@ def _head_counts(circuit: Circuit, given: Sequence[int] | None) -> list[int]:
     units = circuit.units
     counts = list(given) if given is not None else circuit.settings.get('head_counts')
     if counts is None and units.heads:
-        deepest = max(layer for layer, _ in units.heads | units.neurons)
-        counts = [max(head for _, head in units.heads) + 1] * (deepest + 1)
+        deepest = max(unit.site.layer for unit in units)
+        counts = [max(unit.index for unit in units.heads) + 1] * (deepest + 1)
     if not counts or not max(counts):
         raise ValueError('This circuit has no heads and knows of no grid: give head_counts=model.head_counts')
-    outside = sorted((layer, head) for layer, head in units.heads if layer >= len(counts) or head >= counts[layer])
-    if outside:
-        raise ValueError(f'head_counts={counts!r} has no head {outside[0][1]} in layer {outside[0][0]}')
+    for layer, head in sorted((unit.site.layer, unit.index) for unit in units.heads):
+        if layer >= len(counts) or head >= counts[layer]:
+            raise ValueError(f'head_counts={counts!r} has no head {head} in layer {layer}')
     return counts
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from pyterrier_mech.plot._style import figure_and_axes, legend_below, plain_axes, set_title
+from pyterrier_mech.plot._style import check_kind, figure_and_axes, finish, legend_below, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,10 +42,12 @@ def faithfulness(
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        TypeError: If the first argument is of another kind.
         ValueError: If `column` is another one, or the frame is another.
     """
     if column not in _LABELS:
         raise ValueError(f'column={column!r} cannot be drawn. Choose one of {list(_LABELS)}.')
+    check_kind(curves, pd.DataFrame, 'the frame that faithfulness(model, circuit, frame) returned')
     missing = [name for name in ('size', 'kind', column, f'{column}_low') if name not in curves.columns]
     if missing or not len(curves):
         raise ValueError(
@@ -67,7 +69,7 @@ def faithfulness(
     ax.set_ylabel(_LABELS[column], fontsize=9)
     plain_axes(ax)
     legend_below(ax, handles)
-    set_title(ax, title)
+    finish(ax, title)
     return figure
 
 

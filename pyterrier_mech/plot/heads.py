@@ -9,13 +9,14 @@ import pandas as pd
 
 from pyterrier_mech.plot._style import (
     MINUS,
+    check_kind,
     figure_and_axes,
+    finish,
     grid_size,
     head_axes,
     inks,
     legend_below,
     require_matplotlib,
-    set_title,
 )
 from pyterrier_mech.results import HeadEffects
 
@@ -34,6 +35,7 @@ def heads(
     effects: HeadEffects | pd.DataFrame,
     *,
     column: str = 'ratio',
+    stack: str = '',
     ax: Axes | None = None,
     title: str | None = None,
     annotate: int = 5,
@@ -48,6 +50,7 @@ def heads(
         effects: The effects, or the frame of a ``PatchHeads`` stage, which is aggregated with the defaults of
             :meth:`HeadEffects.from_frame`.
         column: ``'ratio'`` or ``'mean'``.
+        stack: Which stack of layers, where the model has several. See :meth:`HeadEffects.matrix`.
         ax: Where to draw. Without it, a new figure is made whose size follows from the number of layers and heads.
         title: Title above the cells.
         annotate: How many of the strongest heads are labelled with their value.
@@ -58,6 +61,7 @@ def heads(
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        TypeError: If the effects are of another kind.
         ValueError: If ``column`` is another one, or no head has a value in it.
     """
     if column not in _LABELS:
@@ -65,7 +69,8 @@ def heads(
     require_matplotlib()
     if isinstance(effects, pd.DataFrame):
         effects = HeadEffects.from_frame(effects)
-    matrix = effects.matrix(column)
+    check_kind(effects, HeadEffects, 'HeadEffects, or the frame that PatchHeads returned; draw several one by one')
+    matrix = effects.matrix(column, stack)
     if np.isnan(matrix).all():
         other = next(name for name in _LABELS if name != column)
         raise ValueError(f'No head has a {column}: all are NaN. Draw column={other!r}.')
@@ -77,10 +82,10 @@ def heads(
     colour_bar.ax.tick_params(labelsize=8)
     colour_bar.set_label(_LABELS[column], fontsize=9)
     ink = inks(mesh.cmap(mesh.norm(np.nan_to_num(matrix))))
-    certain = _dots(ax, effects, column, ink)
+    certain = _dots(ax, effects, column, stack, ink)
     _values(ax, matrix, annotate, ink)
     _legend(ax, certain, bool(np.isnan(matrix).any()), effects.confidence)
-    set_title(ax, title)
+    finish(ax, title, colour_bar.ax)
     return figure
 
 
@@ -94,8 +99,8 @@ def _cells(ax: Axes, matrix: np.ndarray) -> Any:  # noqa: ANN401
     return mesh
 
 
-def _dots(ax: Axes, effects: HeadEffects, column: str, ink: np.ndarray) -> bool:
-    low, high = effects.matrix(f'{column}_low'), effects.matrix(f'{column}_high')
+def _dots(ax: Axes, effects: HeadEffects, column: str, stack: str, ink: np.ndarray) -> bool:
+    low, high = (effects.matrix(f'{column}_{end}', stack) for end in ('low', 'high'))
     layers, numbers = np.nonzero((low > 0) | (high < 0))
     # In the corner, where the value in the middle of the cell leaves room.
     ax.scatter(numbers + 0.88, layers + 0.16, s=4, c=ink[layers, numbers], linewidths=0)

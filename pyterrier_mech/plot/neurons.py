@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyterrier_mech.plot._style import figure_and_axes, legend_below, plain_axes, set_title
+from pyterrier_mech.plot._style import check_kind, figure_and_axes, finish, legend_below, plain_axes
 from pyterrier_mech.results.neuron_effects import NeuronEffects
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def neurons(
     effects: NeuronEffects,
     *,
     p: float = 1.0,
-    label: str = 'relevance',
+    scheme: str = 'relevance',
     datasets: Sequence[str] | None = None,
     ax: Axes | None = None,
     title: str | None = None,
@@ -33,7 +33,7 @@ def neurons(
     Args:
         effects: The effects.
         p: In percent of all neurons.
-        label: 'relevance', 'relevant' or 'non_relevant'. See `NeuronEffects.top`.
+        scheme: 'relevance', 'relevant' or 'non_relevant'. See `NeuronEffects.top`.
         datasets: Names of datasets; by default all, averaged.
         ax: Where to draw. Without it, a new figure is made.
         title: Title above the bars.
@@ -43,16 +43,18 @@ def neurons(
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        TypeError: If the first argument is of another kind.
         ValueError: If a setting is not known or out of range.
     """
-    top = effects.top(p, label, datasets=datasets).neurons
-    bottom = effects.bottom(p, label, datasets=datasets).neurons
+    check_kind(effects, NeuronEffects, 'NeuronEffects: NeuronEffects.from_frame(frame, qrels)')
+    top = effects.top(p, scheme, datasets=datasets)
+    bottom = effects.bottom(p, scheme, datasets=datasets)
     sizes = np.bincount(effects.to_frame()['layer'].to_numpy())
     layers = np.arange(len(sizes))
     figure, ax = figure_and_axes(ax, (max(3.6, 0.42 * len(sizes) + 1.4), 3.0))
     handles: list[Any] = []
     for shift, units, colour, name in ((-0.2, top, _TOP, 'top'), (0.2, bottom, _BOTTOM, 'bottom')):
-        share = np.bincount([layer for layer, _ in units], minlength=len(sizes)) / len(units)
+        share = np.bincount([unit.site.layer for unit in units], minlength=len(sizes)) / len(units)
         handles.append(ax.bar(layers + shift, 100 * share, 0.38, color=colour, label=f'{name} {p:g} %'))
     even = np.r_[sizes, sizes[-1]] / sizes.sum()
     handles += ax.step(
@@ -62,12 +64,12 @@ def neurons(
         color=_EVEN,
         linestyle='--',
         linewidth=1,
-        label='even',
+        label='if spread evenly',
     )
     ax.set_xticks(layers, [str(layer) for layer in layers])
     ax.set_xlabel('layer', fontsize=9)
     ax.set_ylabel('% of these neurons', fontsize=9)
     plain_axes(ax)
     legend_below(ax, handles, ncols=3)
-    set_title(ax, title)
+    finish(ax, title)
     return figure

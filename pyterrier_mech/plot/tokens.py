@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.plot._style import MINUS, inks, new_figure, require_matplotlib, set_title
+from pyterrier_mech.plot._style import MINUS, finish, inks, new_figure, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def tokens(
     mappable = _mappable(effects)
     _draw(ax, words, places, mappable.to_rgba(effects))
     _colour_bar(ax, mappable, n_lines * _LINE)
-    set_title(ax, title)
+    finish(ax, title)
     return figure
 
 
@@ -124,7 +124,6 @@ def _draw(ax: Axes, words: Sequence[str], places: Sequence[tuple[float, int, flo
         shape = FancyBboxPatch((x, bottom + 1.5), box, _LINE - 3, boxstyle='round,pad=0,rounding_size=2')
         shape.set(facecolor=colour, edgecolor='#e0e0e0', linewidth=0.4, transform=points, clip_on=False)
         ax.add_artist(shape)
-        # A dollar sign is money here, not mathematics.
         ax.text(
             x + _PAD,
             bottom + _LINE / 2,
@@ -132,7 +131,6 @@ def _draw(ax: Axes, words: Sequence[str], places: Sequence[tuple[float, int, flo
             fontsize=_POINTS,
             color=ink,
             va='center_baseline',
-            parse_math=False,
             transform=points,
         )
 

@@ -148,7 +148,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
             if not isinstance(getattr(self, name), (Real, type(None))):
                 raise TypeError(f'{name} must be a number; got {name}={getattr(self, name)!r}')
 
-    def identity(self) -> tuple[Any, ...]:
+    def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
         """Returns everything that the result depends on: the settings, and what was fitted with them."""
         return (*super().identity(), *((self.plan_, self.name_) if self.fitted else ()))
 
@@ -248,7 +248,8 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
 
     def _check_steps(self, data: FitData, validation: FitData | None) -> None:
         """Checks that the data has what every step needs."""
-        for step in (*([self._criterion] if self.plan is None else []), *self._recoveries):
+        steps: list[Any] = [*([self._criterion] if self.plan is None else []), *self._recoveries]
+        for step in steps:
             check_step(step, data)
             if 'qrels' in step.needs:
                 data.labels()

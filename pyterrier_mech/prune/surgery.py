@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from pyterrier_mech.anatomy.resizing import check_resizable, keep_units
-from pyterrier_mech.rankers.bi_encoder import BiEncoder
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.units import KINDS, Units
 
@@ -37,7 +35,7 @@ def prune_units(model: Ranker, heads: Sequence[Sequence[int]], neurons: Sequence
     check_prunable(model)
     module = copy.deepcopy(model.map.module)
     keep_units(module, heads, neurons)
-    return around(model, module)
+    return model.around(module)
 
 
 def remove_units(model: Ranker, units: Any) -> Ranker:
@@ -86,27 +84,3 @@ def check_weights(model: Ranker) -> None:
             "an adapter first, with peft's merge_and_unload(); remove hooks; load without quantisation, compile() and "
             "with attn_implementation='sdpa'"
         )
-
-
-def around(model: Ranker, module: nn.Module) -> Ranker:
-    """Returns a ranker of the same class and settings around another module, with the same tokenizer.
-
-    Settings that a ranker reads from files beside its model, which a module has not, are those in use.
-
-    Raises:
-        ValueError: If such a file states what no setting says.
-    """
-    stated = model.stated_
-    used: dict[str, Any] = {'tokenizer': model.maker.tokenizer, 'max_length': model.maker.max_length}
-    if isinstance(model, BiEncoder):
-        used |= {name: getattr(stated, name) for name in ('pooling', 'similarity', 'normalize')}
-        used |= {'query_prefix': stated.query_prompt, 'text_prefix': stated.text_prompt}
-    made = replace(model, model=module, device=None, dtype='tf32' if model.dtype == 'tf32' else None, **used)
-    # These are the tokenizer's and the maximum length's by now, or of no effect.
-    lost = replace(stated, max_length=None, lower_case=False, unused_prompt='')
-    if made.stated_ != lost:
-        raise ValueError(
-            f'the files of {model!r} must state nothing that a ranker around a changed module cannot have; they state '
-            f'{lost!r}: save the model without a prompt, truncate_dim and include_prompt=False'
-        )
-    return made

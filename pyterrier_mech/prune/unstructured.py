@@ -13,7 +13,7 @@ from torch import nn
 from pyterrier_mech.anatomy.layers import Layer
 from pyterrier_mech.prune.protocol import check_share
 from pyterrier_mech.prune.scores import UnitScores
-from pyterrier_mech.prune.surgery import around, check_prunable
+from pyterrier_mech.prune.surgery import check_prunable
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.units import HEADS, NEURONS
 
@@ -48,7 +48,7 @@ def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = Non
     check_prunable(model)
     if scores is not None:
         scores.check(model)
-    copied = around(model, copy.deepcopy(model.map.module))
+    copied = model.around(copy.deepcopy(model.map.module))
     heads = _importance(None if scores is None else scores.heads, list(model.counts(HEADS).values()))
     neurons = _importance(None if scores is None else scores.neurons, list(model.counts(NEURONS).values()))
     parts = [

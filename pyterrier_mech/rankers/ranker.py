@@ -135,6 +135,11 @@ class Ranker(Stage):
         """Number of neurons in the feed-forward block of a layer."""
         return self.counts(NEURONS)[Site(NEURONS, layer)]
 
+    @property
+    def head_counts(self) -> list[int]:
+        """Number of attention heads of every layer."""
+        return list(self.counts(HEADS).values())
+
     def counts(self, kind: str) -> dict[Site, int]:
         """Returns how many 'heads' or 'neurons' every layer has.
 
@@ -286,12 +291,12 @@ class Ranker(Stage):
         return ModelMap(self.model)
 
     def _make_inputs(self) -> InputMaker:
+        config = self.map.module.config  # a folder that is not there is noticed here
         tokenizer = self.tokenizer if self.tokenizer is not None else self._name
         if not tokenizer and isinstance(tokenizer, str):
             raise ValueError('this module does not know where it was loaded from: give its tokenizer=')
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(str(tokenizer))
-        config = self.map.module.config
         check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
         if self.stated_.lower_case:
             tokenizer = in_lower_case(tokenizer)

@@ -42,6 +42,7 @@ def correlations(estimate, exact):
     return pearsonr(estimate.mean(0), exact.mean(0)).statistic, np.median(within)
 
 
+@pytest.mark.real
 def test_real_cross_encoder_on_twenty_pairs_of_relevant_passages():
     """Draws of twenty differ: of 500, half gave 0.99 or more aggregated, one in twenty less than 0.952."""
     model = real_cross_encoder()
@@ -55,6 +56,7 @@ def test_real_cross_encoder_on_twenty_pairs_of_relevant_passages():
     assert correlations(estimate, exact)[0] >= 0.98
 
 
+@pytest.mark.real
 def test_real_cross_encoder_where_the_score_is_flat():
     """Attribution patching alone is not enough there; with its ten strongest heads patched, it is."""
     model = real_cross_encoder()

@@ -102,7 +102,7 @@ def test_the_trapezoid_averages_the_gradients_of_both_pairs():
 def test_bi_encoder_with_both_sides_edited(pooling):
     """The slope along which the head moves in both towers at once, as `PatchHeads` patches it."""
     model = toy_bi_encoder('bert', pooling)
-    frame = pairs(4).assign(query_0=lambda f: f['query'], query=lambda f: f['query'] + ' rust')
+    frame = pairs(4).assign(query_0=lambda f: f['query'], query=lambda f: f['query'] + ' rust', edited='query text')
     row = AttributeHeads(model)(frame).iloc[1]
     sides = [side.runs() for side in inside.sides(model, row)]
     seen = [[oracles.activations(model.model, given) for given in side] for side in sides]
@@ -136,7 +136,7 @@ def test_the_gradient_is_the_slope_of_scaling_a_head(family):
     model = toy_cross_encoder(family)
     frame = pairs(2).drop(columns='text_0')
     res = AttributeHeads(model, 'gradient')(frame)
-    np.testing.assert_allclose(res.score_original, model.score(list(frame['query']), list(frame.text)), atol=1e-12)
+    np.testing.assert_allclose(res.score_plain, model.score(list(frame['query']), list(frame.text)), atol=1e-12)
     row = res.iloc[1]
     given = dict(model.tokenizer([row['query']], [row.text], return_tensors='pt'))
     z = oracles.activations(model.model, given)
@@ -151,7 +151,7 @@ def test_the_gradient_is_the_slope_of_scaling_a_head(family):
 def test_integrated_gradients_by_the_modules_own_embeddings():
     """The same integral by a loop over the points; the baseline replaces the query tokens."""
     model = toy_cross_encoder('bert')
-    row = AttributeHeads(model, 'integrated_gradients', steps=5)(pairs(2)).iloc[1]
+    row = AttributeHeads(model, 'integrated_gradients', points=6)(pairs(2)).iloc[1]
     given = dict(model.tokenizer([row['query']], [row.text], return_tensors='pt'))
     ids = given.pop('input_ids')
     n_query = len(model.tokenizer(row['query'], add_special_tokens=False)['input_ids'])
@@ -176,12 +176,12 @@ def test_integrated_gradients_by_the_modules_own_embeddings():
         np.testing.assert_allclose([row[f'L{layer}H{h}'] for h in range(4)], expected, atol=1e-12)
 
 
-def test_more_steps_are_more_complete():
+def test_more_points_are_more_complete():
     model = toy_cross_encoder('bert')
-    coarse, fine = (AttributeHeads(model, 'integrated_gradients', steps=n)(pairs(4)) for n in (4, 8))
-    ratio = coarse.completeness_error / fine.completeness_error
+    coarse, fine = (AttributeHeads(model, 'integrated_gradients', points=n)(pairs(4)) for n in (5, 9))
+    ratio = coarse['completeness_error.heads'] / fine['completeness_error.heads']
     assert (ratio > 3).all() and (ratio < 5).all()
-    assert list(fine.columns[-9:]) == [*heads_of(fine), 'completeness_error']
+    assert list(fine.columns[-10:]) == [*heads_of(fine), 'completeness_error.heads', 'analysis']
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -237,7 +237,7 @@ def test_unpatchable_rows_are_marked_and_counted():
         ({'method': 'magic'}, "method must be one of .*got (method=)?'magic'"),
         ({'direction': 'up'}, "direction must be one of .*got (direction=)?'up'"),
         ({'heads': ['L7H0']}, 'L7H0: .* does not have it'),
-        ({'steps': 0}, 'steps=0 leaves nothing'),
+        ({'points': 1}, 'points must be 2 or more'),
         ({'verify': -1}, 'verify=-1'),
         ({'method': 'gradient', 'verify': 2}, "verify=2 with method='gradient'"),
         ({'method': 'integrated_gradients', 'baseline': 'none'}, "baseline must be one of .*got (baseline=)?'none'"),

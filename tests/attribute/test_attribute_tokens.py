@@ -76,7 +76,7 @@ def test_effects_sum_to_the_change_of_the_score(family):
     # The ReLU in DistilBERT's head gives gradients that jump.
     tolerance = 5e-3 if family == 'distilbert' else 1e-4
     res = AttributeTokens(model, tolerance=tolerance, max_points=1025)(frame_of(4))
-    assert (res.completeness_error <= tolerance).all()
+    assert (res['completeness_error.tokens'] <= tolerance).all()
     for row in res.itertuples():
         _, start, given = masked(model, [row.query, row.text], [0, 1])
         # Padding ids would move RoBERTa's positions: embeddings leave them as they are.
@@ -201,7 +201,7 @@ def test_rows_above_the_tolerance_are_counted_once():
 def test_columns():
     inp = frame_of(2)
     res = AttributeTokens(toy_cross_encoder('bert', dtype=torch.float32))(inp)
-    assert list(res.columns) == [*inp.columns, 'tokens', 'token_effects', 'completeness_error']
+    assert list(res.columns) == [*inp.columns, 'tokens', 'token_effects', 'completeness_error.tokens']
     assert res.token_effects.iloc[0].dtype == np.float32 and isinstance(res.tokens.iloc[0], list)
 
 
@@ -209,7 +209,7 @@ def test_empty_texts():
     rows = frame_of(3).assign(query=['', 'bread', ''], text=['bread', '', ''])
     res = AttributeTokens(toy_cross_encoder('bert'))(rows)
     assert list(map(len, res.tokens)) == [4, 4, 3]
-    assert res.completeness_error[2] < 1e-12 and np.abs(res.token_effects[2]).max() < 1e-12
+    assert res['completeness_error.tokens'][2] < 1e-12 and np.abs(res.token_effects[2]).max() < 1e-12
     bi = AttributeTokens(toy_bi_encoder('bert'))(rows)
     assert list(bi.tokens) == [['[CLS]', 'bread', '[SEP]'], ['[CLS]', '[SEP]'], ['[CLS]', '[SEP]']]
 
@@ -228,7 +228,7 @@ def test_gradients_that_are_not_finite_name_the_row():
         ({'baseline': 'zero'}, "baseline must be one of .*got (baseline=)?'zero'"),
         ({'baseline': lambda ids: ids[1:]}, r"qid='0' docno='0': the baseline has shape \(16,\)"),
         ({'rule': 'right'}, "rule must be one of .*got (rule=)?'right'"),
-        ({'points': 1}, 'points=1 makes no grid'),
+        ({'points': 1}, 'points must be 2 or more'),
     ],
 )
 def test_unknown_settings_name_the_value(settings, message):
@@ -236,10 +236,11 @@ def test_unknown_settings_name_the_value(settings, message):
         AttributeTokens(toy_cross_encoder('bert'), **settings)(frame_of(4))
 
 
+@pytest.mark.real
 def test_real_cross_encoder():
     model = real_cross_encoder()
     rows = frame_of(1).assign(query='what is a cat', text='The cat is a small domesticated carnivorous mammal.')
     row = AttributeTokens(model)(rows).iloc[0]
-    assert row.completeness_error <= 0.05
+    assert row['completeness_error.tokens'] <= 0.05
     assert row.tokens[:6] == ['[CLS]', 'what', 'is', 'a', 'cat', '[SEP]']
     assert 'cat' in [row.tokens[i] for i in np.argsort(-row.token_effects)[:2]]

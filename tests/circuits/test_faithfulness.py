@@ -27,7 +27,7 @@ def reference():
 
 
 def all_heads(model):
-    return Units(heads=Units.all(model).heads)
+    return Units.all(model, ['heads'])
 
 
 def change(model, units, rows):
@@ -73,7 +73,7 @@ def test_means_equal_ablated_rerankers_where_position_types_are_the_same(make, u
     circuit, settings = Circuit.from_units(units), {'value': 'mean', 'reference': reference()}
     table = faithfulness(model, circuit, rows, sizes=[len(circuit.heads) or 3], n_random=0, **settings)
     kinds = [kind for kind in ('heads', 'neurons') if getattr(circuit.units, kind)]
-    every = Units(**{kind: getattr(Units.all(model), kind) for kind in kinds})
+    every = Units.all(model, kinds)
 
     def moved(ablated):
         stage = AblatedReranker(model, ablated, **settings)
@@ -162,11 +162,10 @@ def test_the_part_follows_the_order_of_the_circuit_and_sizes_have_a_default():
 @pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
 def test_both_inputs_of_a_pair_have_the_same_position_types(make):
     model = make('bert')
-    rows = frame().assign(query_0=lambda f: f['query'], query=lambda f: f['query'] + ' today')
-    for fields, row, given, a, b in inside.ablation_sides(model, rows):
-        assert a.types == b.types and 'inserted' not in a.types
-        assert (a.original == given.original).all() and (b.original == given.perturbed).all()
-        added = [kind for kind, before in zip(a.types, given.types, strict=True) if before == 'inserted']
+    rows = frame().assign(query_0=lambda f: f['query'], query=lambda f: f['query'] + ' today', edited='query text')
+    for fields, row, types, marked in inside.ablation_types(model, rows):
+        assert 'inserted' not in types
+        added = [kind for kind, before in zip(types, marked, strict=True) if before == 'inserted']
         document = 'doc_match' if 'bread' in rows['query'].iloc[row] else 'doc_other'
         assert added == [{'query': 'query', 'text': document}[field] for field in fields]
 
@@ -222,7 +221,7 @@ def test_rows_that_cannot_be_patched_are_left_out_and_counted():
         ({'value': 'noise'}, ValueError, "value must be one of .*got (value=)?'noise'"),
         ({'value': 'mean', 'reference': 'x'}, TypeError, 'must be a frame'),
         ({'value': 'zero', 'sizes': [2]}, ValueError, 'size=2: this circuit has parts of 0 to 1'),
-        ({'value': 'zero', 'n_random': -1}, ValueError, 'n_random=-1'),
+        ({'value': 'zero', 'n_random': -1}, ValueError, 'n_random must be 0'),
         ({'value': 'zero', 'confidence': 2}, ValueError, 'confidence=2'),
     ],
 )

@@ -175,6 +175,7 @@ def test_equality_and_repr_by_units_value_and_reference():
     assert '<DataFrame of 5 rows>' in repr(stages()[1]) and 'seed=4' in repr(stages()[1])
 
 
+@pytest.mark.real
 def test_pickles_without_reference_values():
     model, frame, settings = BiEncoder(minilm_path(), device='cpu'), frame_of(2), {'reference': reference()}
     stages = [

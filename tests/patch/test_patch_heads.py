@@ -226,6 +226,7 @@ def on_real_pairs(model, module, frame, share):
     return res, by_oracle
 
 
+@pytest.mark.real
 def test_real_cross_encoder_equals_the_oracle_on_real_pairs():
     """To 1e-5; where the oracle in float32 is itself further from float64 than that, by no more than it is."""
     model, frame = real_cross_encoder(), real_pairs(24)
@@ -240,6 +241,7 @@ def test_real_cross_encoder_equals_the_oracle_on_real_pairs():
         assert not (difference[beyond] > 1e-5 + np.abs(by_oracle[beyond] - precise)).any()
 
 
+@pytest.mark.real
 def test_real_cross_encoder_equals_the_oracle_in_float64():
     model = real_cross_encoder(dtype='float64')
     module = AutoModelForSequenceClassification.from_pretrained(model.model).double().eval()

@@ -246,6 +246,7 @@ def test_a_plan_does_not_remove_what_is_protected():
 # -- the real one
 
 
+@pytest.mark.real
 def test_the_real_cross_encoder_in_a_pipeline():
     folder = assets()
     text = {'qid': str, 'docno': str}

@@ -157,6 +157,7 @@ def test_settings_survive_and_copies_are_equal():
 # -- the real one
 
 
+@pytest.mark.real
 def test_half_of_the_real_cross_encoder():
     model = real_cross_encoder()
     draw = random.Random(0)

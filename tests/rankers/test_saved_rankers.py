@@ -93,8 +93,8 @@ def test_a_bi_encoder_remembers_its_settings(tmp_path, pooling, similarity):
     model = prune_units(BiEncoder(module, tokenizer=tokenizer, **settings), HEADS, NEURONS)
     save_ranker(model, tmp_path / 'a')
     loaded = BiEncoder(str(tmp_path / 'a'), dtype='float64')
-    assert (loaded.pooling_, loaded.similarity_) == (pooling, similarity)
-    assert loaded.prefixes_ == {'query': 'query: ', 'text': 'rise '}
+    assert (loaded.stated_.pooling, loaded.stated_.similarity) == (pooling, similarity)
+    assert (loaded.stated_.query_prompt, loaded.stated_.text_prompt) == ('query: ', 'rise ')
     same_scores(loaded, model)
     # Read off the files, then carried by the ranker around the smaller module.
     smaller = remove_units(loaded, ['L0H0'])
@@ -142,6 +142,7 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
     same_scores(loaded, model)
 
 
+@pytest.mark.real
 def test_the_real_cross_encoder(tmp_path):
     dense = real_cross_encoder()
     heads = [list(range(layer, 12, 2)) for layer in range(6)]
@@ -191,9 +192,9 @@ def test_weights_that_do_not_fit(folder, edit, message):
         (lambda saved: saved.update(neurons=[0, -3]), 'pruned.json of .* has no lists of whole numbers'),
         (
             lambda saved: saved.update(heads=[2, 9]),
-            'pruned.json of .* does not fit its config.json: layer 1 has 4 heads',
+            'must have 2 layers of at most 4 heads',
         ),
-        (lambda saved: saved.update(heads=[2]), 'heads of 1 layers are given for a module of 2'),
+        (lambda saved: saved.update(heads=[2]), 'must have 2 layers of at most 4 heads'),
         (lambda saved: saved.update(heads=[2, 1]), r'in another size .*\[0, 32\] for \[8, 32\]|\[0\] for \[8\]'),
     ],
 )

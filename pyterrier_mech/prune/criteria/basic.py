@@ -102,7 +102,9 @@ def neuron_weights(layer: Layer, of: Of = torch.Tensor.detach) -> list[torch.Ten
     """As `head_weights`, of the neurons: matrices [neurons, weights of a neuron]."""
     parts = [of(layer.mlp_out.weight).t()]
     if layer.family.described:
-        parts.extend(_chunks(layer.mlp_in, of, 2 if layer.family.gated else 1))
+        own_gates = bool(layer.family.mlp_gate)
+        parts.extend(_chunks(layer.mlp_in, of, 2 if layer.family.gated and not own_gates else 1))
+        parts.extend(_chunks(layer.part('mlp_gate'), of, 1) if own_gates else [])
     return parts
 
 

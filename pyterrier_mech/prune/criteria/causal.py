@@ -23,7 +23,7 @@ from pyterrier_mech.prune.data import FitData, sample
 from pyterrier_mech.prune.protocol import at_least, check_step
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
-from pyterrier_mech.units import HEADS, NEURONS, Unit
+from pyterrier_mech.units import HEADS, KINDS, NEURONS, Unit
 
 Perturbing = Callable[[str, str], str] | pt.Transformer
 
@@ -83,14 +83,14 @@ class Conductance:
         """
         check_step(self, data)
         some = sample(data.plain, self.max_pairs, self.seed)
-        heads, *of_heads = self._means(model, some, HEADS)
-        neurons, *of_neurons = self._means(model, some, NEURONS)
-        notes = {'pairs': len(some.frame), 'above_tolerance': max(of_heads[0], of_neurons[0])}
-        passes = PASSES * (of_heads[1] + of_neurons[1]) / (len(data.frame) * len(model.towers))
+        (heads, bad_heads), (neurons, bad_neurons) = (self._means(model, some, kind) for kind in KINDS)
+        notes = {'pairs': len(some.frame), 'above_tolerance': max(bad_heads, bad_neurons)}
+        # Of the first grids: where these are refined, it takes more.
+        passes = PASSES * len(KINDS) * self.points * len(some.frame) / len(data.frame)
         return UnitScores(heads, neurons, passes=passes, notes=notes).check(model)
 
-    def _means(self, model: Ranker, data: FitData, site: str) -> tuple[list[np.ndarray], int, int]:
-        """Returns the means of one kind of unit, how many rows stay above the tolerance, and the points of all."""
+    def _means(self, model: Ranker, data: FitData, site: str) -> tuple[list[np.ndarray], int]:
+        """Returns the means of one kind of unit, and how many rows stay above the tolerance."""
         layers = model.map.layers
         widths = [(layer.n_heads, layer.head_dim) if site == HEADS else (layer.n_neurons, 1) for layer in layers]
 
@@ -99,7 +99,7 @@ class Conductance:
             return [as_numpy(values) for values in units]
 
         sums = [np.zeros(count) for count, _ in widths]
-        above = points = 0
+        above = 0
         for result in integrate(
             model,
             lines(model, data.queries, data.texts, self.baseline, row_names(data.frame)),
@@ -111,10 +111,9 @@ class Conductance:
             desc=f'conductance of {site}',
         ):
             above += result.error > self.tolerance
-            points += result.points
             for total, values in zip(sums, result.value, strict=True):
                 total += values
-        return [total / len(data.frame) for total in sums], int(above), points
+        return [total / len(data.frame) for total in sums], int(above)
 
 
 @dataclass(frozen=True)

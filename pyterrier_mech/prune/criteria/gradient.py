@@ -67,9 +67,9 @@ class _Gradient:
             for kind in KINDS:
                 added = [power(weights[:, None] * g).sum(0) for g in getattr(batch, kind)]
                 sums[kind] = [a + b for a, b in zip(sums[kind], added, strict=True)] if kind in sums else added
-        means = ([total / len(data.frame) for total in sums[kind]] for kind in KINDS)
+        heads, neurons = ([total / len(data.frame) for total in sums[kind]] for kind in KINDS)
         passes = PASSES * notes['pairs'] / n_rows
-        return UnitScores(*means, joint=joint, passes=passes, notes=dict(notes)).check(model)
+        return UnitScores(heads, neurons, joint, passes, dict(notes)).check(model)
 
 
 @dataclass(frozen=True)

@@ -132,11 +132,11 @@ class SMA:
         members, found, patched = self._members(model, some, neurons)
         passes = (passes + patched) * len(some.frame) / len(data.frame)
         notes |= {'circuit': members.names, **found}
-        kept = (
+        kept_heads, kept_neurons = (
             _probabilities(layers, members.of_kind(kind), self.protection)
             for kind, layers in ((HEADS, heads), (NEURONS, neurons))
         )
-        return UnitScores(*kept, passes=passes, notes=notes).check(model)
+        return UnitScores(kept_heads, kept_neurons, passes=passes, notes=notes).check(model)
 
     def _members(self, model: Ranker, data: FitData, neurons: Layers) -> tuple[Units, dict[str, Any], float]:
         """Returns the circuit, notes on where it comes from, and the passes that it took."""

@@ -21,7 +21,7 @@ from pyterrier_mech.prune.data import FitData, drawn_order, take
 from pyterrier_mech.prune.plans.costs import flop_costs
 from pyterrier_mech.prune.protocol import above_zero, at_least, check_share, check_step
 from pyterrier_mech.prune.scores import UnitScores
-from pyterrier_mech.prune.surgery import around, check_weights
+from pyterrier_mech.prune.surgery import check_weights
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
 
 Tensors = list[torch.Tensor]
@@ -280,7 +280,7 @@ def _draw_pairs(contrasts: list[tuple[np.ndarray, np.ndarray]], count: int, seed
 def _twin(model: Ranker) -> Ranker:
     """Returns a ranker with weights of its own, in float32 where they were of half precision."""
     module = copy.deepcopy(model.map.module).requires_grad_(True)
-    return around(model, module.float() if model.map.dtype in (torch.float16, torch.bfloat16) else module)
+    return model.around(module.float() if model.map.dtype in (torch.float16, torch.bfloat16) else module)
 
 
 def _set_gradients(twin: Ranker, inputs: Inputs, pairs: np.ndarray, parameters: Tensors) -> None:

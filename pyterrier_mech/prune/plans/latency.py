@@ -20,7 +20,7 @@ from pyterrier_mech.draws import digest
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.prune.plans.costs import Costs, layers_of_all_tokens
 from pyterrier_mech.prune.plans.plan import Plan
-from pyterrier_mech.prune.surgery import around, check_prunable, prune_units
+from pyterrier_mech.prune.surgery import check_prunable, prune_units
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.saving import write_atomic
 from pyterrier_mech.units import HEADS, KINDS, NEURONS
@@ -216,7 +216,9 @@ def _variant(model: Ranker, kind: str, share: float, layers: Sequence[int]) -> R
 
 def _quiet(model: Ranker) -> Ranker:
     """Returns the ranker, around the same module, without progress bars, which take time."""
-    return replace(around(model, model.map.module), verbose=False, batch_tokens=model.budget.tokens)
+    quiet = model.around(model.map.module)
+    quiet.verbose, quiet.batch_tokens = False, model.budget.tokens
+    return quiet
 
 
 def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:

@@ -113,7 +113,7 @@ class Plan:
 
     def to_frame(self) -> pd.DataFrame:
         """Returns one row a layer: `layer`, `heads`, `of_heads`, `neurons`, `of_neurons`."""
-        columns = {'layer': range(len(self.heads))}
+        columns: dict[str, Any] = {'layer': range(len(self.heads))}
         for kind in KINDS:
             columns |= {kind: list(map(len, getattr(self, kind))), f'of_{kind}': getattr(self, f'of_{kind}')}
         return pd.DataFrame(columns)

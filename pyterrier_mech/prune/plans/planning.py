@@ -124,9 +124,9 @@ def check_budget(
     Raises:
         ValueError: If not.
     """
-    scores = UnitScores(*([np.zeros(count) for count in model.counts(kind).values()] for kind in KINDS))
+    heads, neurons = ([np.zeros(count) for count in model.counts(kind).values()] for kind in KINDS)
     costs, protected = _costs(model, budget, tokens, latency), Units.of(protect)
-    made = stacks(scores, costs, protected, _widths(multiple))
+    made = stacks(UnitScores(heads, neurons), costs, protected, _widths(multiple))
     _room(made, costs, protected, *_target(sparsity, speedup, budget))
 
 

@@ -181,8 +181,8 @@ def _distance(
         real, at = batch.tensors['attention_mask'].bool(), ranker.readout.at(batch.scored)
         for site, ours in streams.items():
             # Of the last layer only what is read out matters.
-            unread = at is not None and site.layer == ranker.n_layers - 1
-            a, b = (picked(x, at) if unread else x[real] for x in (ours, whole[tower][site]))
+            read = None if site.layer < ranker.n_layers - 1 else at
+            a, b = (x[real] if read is None else picked(x, read) for x in (ours, whole[tower][site]))
             parts.append(((a - b) ** 2).sum() / (b**2).sum())
     return torch.stack(parts).mean()
 
