@@ -1,9 +1,11 @@
 """The documentation builds, its code is right, and the example script runs."""
 
+import ast
 import re
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import inside
 import matplotlib
@@ -105,7 +107,8 @@ def world(tmp_path, monkeypatch):
         'load_json': load_json,
     }
     inside.load_names_as(monkeypatch, toys)
-    yield tmp_path
+    with patch.dict(inside.PLACES), patch.dict(inside.READOUTS):  # what a page adds is forgotten
+        yield tmp_path
     plt.close('all')
 
 
@@ -159,6 +162,28 @@ def test_ranker_page_names_every_family():
         row = next((row for row in re.split(r'\n   \* - ', text) if f'``{model_type}``' in row), '')
         engine = 'wavefront' if family.described else 'hooks'
         assert engine in row, f'rankers.rst does not say that {model_type} is patched by {engine}'
+
+
+def test_internals_name_every_room_and_count_the_exercises_as_they_are():
+    text = (DOCS / 'internals.rst').read_text(encoding='utf-8')
+    rooms = {path.stem for path in DOCS.parent.glob('*') if path.suffix == '.py' or (path / '__init__.py').exists()}
+    assert not [
+        room for room in rooms - {'__init__'} if f'``{room}``' not in text and f'pyterrier_mech.{room}``' not in text
+    ]
+    exercises = Path(__file__).parent / 'anatomy' / 'test_exercises.py'
+    source = exercises.read_text(encoding='utf-8')
+    statements = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Assign, ast.ClassDef, ast.Expr))
+    ]
+    segments = [ast.get_source_segment(source, node) for node in statements]
+    for starts in [
+        ('NOMIC = ', 'register_family(NOMIC'),
+        ('monkeypatch.setitem(PLACES',),
+        ('class Last', 'monkeypatch.setitem(READ'),
+    ]:
+        parts = [segment for segment in segments if segment.startswith(starts)]
+        lines = sum(bool(line.strip()) for part in parts for line in part.split('\n'))
+        assert len(parts) == len(starts) and f'\n     - {lines}\n     - ``anatomy/' in text, (starts, lines)
 
 
 def test_schematic_is_what_the_pipeline_gives(world):
