@@ -132,6 +132,8 @@ def edited_columns(inp: pd.DataFrame, text: str) -> list[set[str]]:
     Raises:
         ValueError: If a frame that does not say it has a `query_0`, or if it says something else.
     """
+    if not len(inp):
+        return []
     if EDITED not in inp.columns:
         if 'query_0' in inp.columns:
             raise ValueError(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pyterrier_mech.units import unit_columns
@@ -142,7 +143,8 @@ def _split(joined: str) -> list[str]:
 
 def as_qids(qids: Iterable[Any]) -> set[str]:
     """Returns qids as text. Whole numbers that a merge made floats are whole numbers again: 1.0 is '1'."""
-    return {str(int(qid)) if isinstance(qid, float) and qid.is_integer() else str(qid) for qid in qids}
+    floats = (float, np.floating)
+    return {str(int(qid)) if isinstance(qid, floats) and float(qid).is_integer() else str(qid) for qid in qids}
 
 
 def seen_by(frame: pd.DataFrame) -> set[str]:

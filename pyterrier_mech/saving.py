@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -163,28 +163,28 @@ def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], b
         FileExistsError: If `path` exists and may not be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _held(path.parent):
-        _tidy(path)
-        _check_free(path, overwrite, ours, what)
-        # The name is short, whatever that of path, and tells writers of the same path from others.
-        (room := path.with_name(f'.{uuid.uuid4().hex[:8]}{_suffix(path)}')).mkdir()
-        lock = _hold(room)
-    new, old = room / 'folder.new', room / 'folder.old'
-    try:
-        new.mkdir()
-        yield new
-        names = sorted(file.relative_to(new).as_posix() for file in new.rglob('*') if not file.is_dir())
-        write_meta(new, {**read_meta(new), 'files': names})
+    with ExitStack() as stack:
         with _held(path.parent):
-            # Again: the work may have taken long.
+            _tidy(path)
             _check_free(path, overwrite, ours, what)
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-    finally:
-        with _held(path.parent):
-            _clear(room, path)
-        _release(lock)
+            # The name is short, whatever that of path, and tells writers of the same path from others.
+            (room := path.with_name(f'.{uuid.uuid4().hex[:8]}{_suffix(path)}')).mkdir()
+            stack.enter_context(_held(room))
+        new, old = room / 'folder.new', room / 'folder.old'
+        try:
+            new.mkdir()
+            yield new
+            names = sorted(file.relative_to(new).as_posix() for file in new.rglob('*') if not file.is_dir())
+            write_meta(new, {**read_meta(new), 'files': names})
+            with _held(path.parent):
+                # Again: the work may have taken long.
+                _check_free(path, overwrite, ours, what)
+                if path.exists():
+                    path.rename(old)
+                new.rename(path)
+        finally:
+            with _held(path.parent):
+                _clear(room, path)
 
 
 def _check_free(path: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool], what: str) -> None:
@@ -212,9 +212,9 @@ def _suffix(path: Path) -> str:
 def _tidy(path: Path) -> None:
     """Clears away what writers of `path` have left who were killed."""
     for room in path.parent.glob(f'.*{_suffix(path)}'):
-        if (lock := _hold(room)) is not None:
-            _clear(room, path)
-            _release(lock)
+        with _held(room, wait=False) as dead:
+            if dead:
+                _clear(room, path)
 
 
 def _clear(room: Path, path: Path) -> None:
@@ -225,37 +225,26 @@ def _clear(room: Path, path: Path) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    lock = _hold(folder, wait=True)
-    try:
-        yield
-    finally:
-        _release(lock)
+def _held(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a folder during the block, or till the process ends; gives whether it does.
 
-
-def _hold(folder: Path, wait: bool = False) -> int | None:
-    """Returns a descriptor by which a folder is held until it is closed, or the process ends.
-
-    None if another one holds it, or the system cannot hold folders: there, what killed writers leave stays, and of two
-    writers at the same moment one may end with an error of the system.
+    It does not where another one holds it and `wait` is False, or where the system cannot hold folders: there, what
+    killed writers leave stays, and of two writers at the same moment one may end with an error of the system.
     """
+    lock = None
     try:
-        import fcntl
+        try:
+            import fcntl
 
-        lock = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        _release(lock)
-        return None
-    return lock
-
-
-def _release(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except (ImportError, OSError):
+            held = False
+        yield held
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

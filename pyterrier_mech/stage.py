@@ -78,7 +78,7 @@ class Stage(pt.Transformer):
     def __repr__(self) -> str:
         """Returns the call that makes the stage, settings that are not the default included."""
         shown = []
-        for one in self._fields():
+        for one in sorted(self._fields(), key=lambda one: bool(one.kw_only)):
             value = getattr(self, one.name)
             if one.default is MISSING:
                 shown.append(_shown(value))

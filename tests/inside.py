@@ -21,6 +21,7 @@ from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
 from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
 from pyterrier_mech.evaluation import comparison
+from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes  # noqa: F401
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
 from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
 from pyterrier_mech.frames import two_versions, with_columns  # noqa: F401
@@ -30,6 +31,7 @@ from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
+from pyterrier_mech.perturb.statistics import plain_words  # noqa: F401
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
 from pyterrier_mech.prune.criteria.gates import gating, unit_gradients
 from pyterrier_mech.prune.criteria.trained import _expected as expected_cost  # noqa: F401
@@ -49,6 +51,7 @@ from pyterrier_mech.prune.recovery.distillation import margin_error, with_negati
 from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
 from pyterrier_mech.rankers import folders, ranker
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
+from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 
 # By its full name: the package may export the function under the name of the module.

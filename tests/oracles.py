@@ -228,14 +228,13 @@ def ablation_effects(model, frame, values_of, heads=None):
 
 
 def zeroed(module, units):
-    """A copy with the columns of `units` {'heads': pairs, 'neurons': pairs} zeroed in the maps that read them."""
+    """A copy with the columns of units ((kind, layer, stack), number) zeroed in the maps that read them."""
     module = copy.deepcopy(module)
     parts = projections(module)
     with torch.no_grad():
-        for layer, head in units['heads']:
-            parts['heads', layer].weight[:, head_columns(module, head)] = 0
-        for layer, neuron in units['neurons']:
-            parts['neurons', layer].weight[:, neuron] = 0
+        for (kind, layer, _), number in units:
+            columns = head_columns(module, number) if kind == 'heads' else number
+            parts[kind, layer].weight[:, columns] = 0
     return module
 
 

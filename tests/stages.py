@@ -80,7 +80,7 @@ STAGES = {
         ), plain, False
     ),
     'PatchedReranker': (
-        lambda model, heads=UNITS, **settings: PatchedReranker(cross(model), heads, **settings), edited, False
+        lambda model, units=UNITS, **settings: PatchedReranker(cross(model), units, **settings), edited, False
     ),
     'AttributeHeads by patching': (attribute('attribution_patching'), edited, True),
     'AttributeHeads by trapezoid': (attribute('trapezoid'), edited, True),
@@ -97,11 +97,13 @@ WITH_UNITS = {
     'PatchHeads': ('heads', False),
     'AblateHeads': ('heads', False),
     'AblatedReranker': ('units', True),
-    'PatchedReranker': ('heads', True),
+    'PatchedReranker': ('units', True),
     'AttributeHeads by patching': ('heads', False),
     'AttributeHeads by gradient': ('heads', False),
     'PrunedReranker': ('protect', True),
 }
+# These compute with the parts of the layers, and refuse a module with hooks.
+UNHOOKABLE = ['AttributeHeads by RelP', 'AttentionShares']
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 
 

@@ -50,7 +50,9 @@ def test_what_is_no_list_says_what_to_give():
 
 def test_order_length_and_repr_do_not_depend_on_how_the_set_was_made():
     units = Units.of(['L1N3', 'L10H0', 'L2H1', 'L0N20', 'L0N3'])
-    assert [unit.name for unit in sorted(units)] == units.names == ['L2H1', 'L10H0', 'L0N3', 'L0N20', 'L1N3'] and len(units) == 5
+    assert [unit.name for unit in sorted(units)] == units.names == ['L2H1', 'L10H0', 'L0N3', 'L0N20', 'L1N3'] and len(
+        units
+    ) == 5
     assert repr(units) == "Units.of(['L2H1', 'L10H0', 'L0N3', 'L0N20', 'L1N3'])"
     assert eval(repr(units)) == units == Units.of(reversed(units.names)) == pickle.loads(pickle.dumps(units))
     assert hash(eval(repr(units))) == hash(units) and not Units() and eval(repr(Units())) == Units()

@@ -20,25 +20,26 @@ import typer
 from common import assets, load_model, load_qrels
 from pruning_tables import MAIN, print_tables
 
-from pyterrier_mech import (
+from pyterrier_mech import TDC, Perturb, PrunedReranker
+from pyterrier_mech.lab import LabDataset
+from pyterrier_mech.prune import (
     L0,
     SMA,
-    TDC,
     Conductance,
     Distillation,
     Fisher,
     Magnitude,
     Movement,
     Patching,
-    Perturb,
-    PrunedReranker,
+    Plan,
     Random,
     Rescaling,
     Taylor,
+    UnitScores,
+    prune_units,
 )
-from pyterrier_mech.lab import LabDataset
-from pyterrier_mech.prune import Plan, UnitScores, efficiency, prune_units
 from pyterrier_mech.prune.plans.plan import fingerprint
+from pyterrier_mech.stats import efficiency
 
 RECOVERIES = ('none', 'rescaled', 'distilled')
 SPARSITIES = (0.3, 0.5, 0.68)
@@ -59,7 +60,7 @@ def criteria(perturbation, pairs: int, seed: int) -> dict:
         'Patching': Patching(perturbation, **few),
         'Conductance': Conductance(**few),
         'SMA': SMA(**sma),
-        'SMA without circuit protection': SMA(**sma, odds=1.0),
+        'SMA without circuit protection': SMA(**sma, protection=1.0),
         'SMA without importance weighting': SMA(**sma, role_weighting=False),
         'SMA without layer protection': SMA(**sma),
     }

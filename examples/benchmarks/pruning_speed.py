@@ -9,7 +9,9 @@ it on a quiet machine.
 import typer
 from common import load_model, load_qrels, of_split, print_table
 
-from pyterrier_mech import Fisher, PrunedReranker, efficiency
+from pyterrier_mech import PrunedReranker
+from pyterrier_mech.prune import Fisher
+from pyterrier_mech.stats import efficiency
 
 
 def main(

@@ -12,6 +12,7 @@ from pyterrier_mech import AttentionShares, PrunedReranker, Units, head_roles
 from pyterrier_mech.prune import FitData, Plan
 from pyterrier_mech.prune.criteria.gates import unit_gradients
 from pyterrier_mech.stats import compare, holm
+from pyterrier_mech.units import head
 
 MEASURE = 'ndcg_cut_10'
 MAIN = 0.5
@@ -204,10 +205,7 @@ def groups(out: Path, ranker, data, name: str) -> pd.DataFrame:
 
 
 def within(units: Units, layers) -> Units:
-    return Units(
-        frozenset(unit for unit in units.heads if unit[0] in layers),
-        frozenset(unit for unit in units.neurons if unit[0] in layers),
-    )
+    return Units(unit for unit in units if unit.site.layer in layers)
 
 
 def failures(out: Path, ranker, data, name: str) -> pd.DataFrame:
@@ -217,22 +215,22 @@ def failures(out: Path, ranker, data, name: str) -> pd.DataFrame:
     the pairs of a query.
     """
     path = out / f'{name}-{MAIN:g}-none-0'.replace(' ', '_')
-    removed = Plan.load(path / 'plan.json').removed.heads
+    removed = Plan.load(path / 'plan.json').removed
     frame = data.judged['dev']
     runs = [pd.read_parquet(folder / 'dev.parquet') for folder in (out / 'unpruned', path)]
     lost = compare(*runs, data.qrels['dev'], [MEASURE]).per_query.set_index('qid')['difference'].sort_values()
     worst = set(lost.index[: len(lost) // 3])
     sample = frame.sample(frac=1, random_state=0).groupby('qid').head(20).reset_index(drop=True)
     roles = head_roles(AttentionShares(ranker)(sample)).set_index(['layer', 'head'])['role']
-    effects = np.zeros((len(sample), ranker.n_layers, max(ranker.head_counts)))
+    effects = np.zeros((len(sample), ranker.n_layers, max(ranker.counts('heads').values())))
     for batch in unit_gradients(ranker, FitData(sample)):
         for layer, g in enumerate(batch.heads):
             effects[batch.rows, layer, : g.shape[1]] = np.abs(g)
     effects /= effects.sum((1, 2), keepdims=True)
     rows = []
     for role in sorted(roles.unique()):
-        of_role = [unit for unit in roles.index[roles == role] if tuple(unit) in removed]
-        carried = sum((effects[:, layer, head] for layer, head in of_role), np.zeros(len(sample)))
+        of_role = [unit for unit in roles.index[roles == role] if head(*unit) in removed]
+        carried = sum((effects[:, layer, number] for layer, number in of_role), np.zeros(len(sample)))
         by_query = pd.Series(carried).groupby(sample['qid']).mean()
         ours, others = by_query[by_query.index.isin(worst)], by_query[~by_query.index.isin(worst)]
         p = mannwhitneyu(ours, others).pvalue if len(of_role) else np.nan

@@ -85,15 +85,15 @@ def _head_counts(table: pd.DataFrame) -> list[int]:
 
 def _check(effects: Any, k: Any, share: Any, roles: Any, neurons: Any) -> None:
     if not isinstance(effects, HeadEffects):
-        raise TypeError(f'effects={type(effects).__name__} are no HeadEffects: give HeadEffects.from_frame(frame)')
+        raise TypeError(f'effects must be HeadEffects, HeadEffects.from_frame(frame); got {type(effects).__name__}')
     if neurons is not None and not isinstance(neurons, NeuronEffects):
-        raise TypeError(f'neurons={type(neurons).__name__} are no NeuronEffects: give NeuronEffects.from_frame(…)')
+        raise TypeError(f'neurons must be NeuronEffects, NeuronEffects.from_frame(…); got {type(neurons).__name__}')
     if k is not None and share is not None:
         raise ValueError(f'k={k!r} and share={share!r} both say how many heads: give one of them')
     if k is not None and k < 1:
-        raise ValueError(f'k={k!r} leaves no head: give 1 or more')
+        raise ValueError(f'k must be 1 or more; got k={k!r}')
     if share is not None and not 0 < share <= 1:
-        raise ValueError(f'share={share!r} is no share of the heads above 0: give e.g. 0.1')
+        raise ValueError(f'share must be above 0 and up to 1, such as 0.1; got share={share!r}')
     missing = [] if roles is None else [name for name in ('layer', 'head', 'role') if name not in roles.columns]
     if missing:
         raise ValueError(f'roles= has no {", ".join(map(repr, missing))}: give what head_roles(frame) returned')

@@ -86,9 +86,9 @@ def check_interval(confidence: float, n_resamples: int) -> None:
         ValueError: If one is out of range.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f'confidence={confidence!r} is not between 0 and 1. For a 95% interval give 0.95.')
+        raise ValueError(f'confidence must be between 0 and 1 (0.95 for a 95% interval); got confidence={confidence!r}')
     if n_resamples < 1:
-        raise ValueError(f'n_resamples={n_resamples!r} leaves nothing to take percentiles of. Give 1000 or more.')
+        raise ValueError(f'n_resamples must be 1 or more, better 1000; got n_resamples={n_resamples!r}')
 
 
 def _n_queries(arrays: list[np.ndarray]) -> int:

@@ -83,14 +83,14 @@ def compare(
         correction: 'holm', or None to leave p-values as they are.
 
     Raises:
-        TypeError: If a run is no frame.
+        TypeError: If a run is not a frame.
         ValueError: If a query that judges was fitted on; if a frame is empty, lacks columns, names a document of a
             query twice or shares no query with the qrels; if a score is not finite, a measure is unknown, or an
             option is out of range.
     """
     check_interval(confidence, n_resamples)
     if correction not in ('holm', None):
-        raise ValueError(f"correction={correction!r} is not known: use 'holm', or None for none")
+        raise ValueError(f"correction must be 'holm', or None for none; got correction={correction!r}")
     named = as_measures(measures)
     given = {'run': runs} if isinstance(runs, pd.DataFrame) else dict(runs)
     if not given:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from numbers import Integral
 from time import perf_counter
 from typing import Any
@@ -16,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_mech.frames import strings
-from pyterrier_mech.inputs.batching import Budget
 from pyterrier_mech.rankers.ranker import Ranker
 
 _MIB = 2**20
@@ -24,17 +21,17 @@ _MIB = 2**20
 
 def parameters(model: Ranker) -> int:
     """Returns the number of all parameters of a ranker; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.encoder.module.parameters())
+    return sum(parameter.numel() for parameter in model.map.module.parameters())
 
 
 def encoder_parameters(model: Ranker) -> int:
     """Returns the number of parameters in the layers of a ranker: no embeddings, no pooler, no classifier."""
-    return sum(parameter.numel() for layer in model.encoder.layers for parameter in layer.module.parameters())
+    return sum(parameter.numel() for layer in model.map.layers for parameter in layer.module.parameters())
 
 
 def weight_mb(model: Ranker) -> float:
     """Returns the size of a ranker's parameters and buffers, in MiB (2**20 bytes)."""
-    module = model.encoder.module
+    module = model.map.module
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) / _MIB
 
 
@@ -105,7 +102,7 @@ def efficiency(
         are NaN where a batch of that size does not fit in the memory of the device.
 
     Raises:
-        TypeError: If there is no ranker in what is given.
+        TypeError: If what is given is not a ranker and does not hold one.
         ValueError: If the frame is empty, lacks columns or texts, `repeats` or a batch size is below 1, or the two
             rankers are on different devices.
     """
@@ -158,11 +155,11 @@ class _Pass:
     """Scores a frame in batches of one size; the ranker's own budget is left alone."""
 
     def __init__(self, ranker: Ranker, frame: pd.DataFrame, batch_size: int | None):
-        tokens = ranker.loaded.budget.tokens if batch_size is None else sys.maxsize
-        self.ranker = copy.copy(ranker)
-        self.ranker._loaded = replace(ranker.loaded, budget=Budget(tokens))
+        # The same module, with a budget of its own.
+        self.ranker = ranker.around(ranker.map.module)
+        self.ranker.batch_tokens = ranker.budget.tokens if batch_size is None else sys.maxsize
         self.ranker.verbose = False
-        self.device = ranker.encoder.device
+        self.device = ranker.map.device
         self.batch_size = batch_size
         queries, texts = strings(frame, 'query', ranker), strings(frame, ranker.text_field, ranker)
         lengths = ranker.tokenize('query', queries).lengths + ranker.tokenize('text', texts).lengths
@@ -196,7 +193,7 @@ class _Pass:
 
     @property
     def fits(self) -> bool:
-        return self.batch_size is None or self.ranker.loaded.budget.tokens == sys.maxsize
+        return self.batch_size is None or self.ranker.budget.tokens == sys.maxsize
 
     def _wait(self) -> None:
         if self.device.type == 'cuda':
@@ -218,16 +215,16 @@ def _take_turns(passes: dict[str, _Pass], repeats: int) -> dict[str, np.ndarray]
 def _sides(model: Any, baseline: Ranker | None) -> dict[str, Ranker]:
     if not isinstance(model, Ranker) and isinstance(getattr(model, 'model_', None), Ranker):
         if baseline is None and isinstance(model.model, Ranker):
-            baseline = copy.copy(model.model)
+            baseline = model.model.around(model.model.map.module)
             baseline.text_field = model.model_.text_field
         model = model.model_
     sides = {'model': model} if baseline is None else {'baseline': baseline, 'model': model}
     for name, ranker in sides.items():
         if not isinstance(ranker, Ranker):
             raise TypeError(
-                f'{name}={ranker!r} is no ranker: give a CrossEncoder or BiEncoder, or a PrunedReranker after fit'
+                f'{name} must be a CrossEncoder, a BiEncoder, or a PrunedReranker after fit; got {name}={ranker!r}'
             )
-    devices = {name: str(ranker.encoder.device) for name, ranker in sides.items()}
+    devices = {name: str(ranker.map.device) for name, ranker in sides.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f'the rankers are on different devices, {devices}: times would compare the devices')
     return sides
@@ -235,7 +232,7 @@ def _sides(model: Any, baseline: Ranker | None) -> dict[str, Ranker]:
 
 def _checked_sizes(batch_sizes: Iterable[int | None], repeats: int) -> list[int | None]:
     if repeats < 1:
-        raise ValueError(f'repeats={repeats!r} measures nothing: use 1 or more')
+        raise ValueError(f'repeats must be 1 or more; got repeats={repeats!r}')
     sizes = list(batch_sizes)
     bad = [size for size in sizes if size is not None and not (isinstance(size, Integral) and size >= 1)]
     if bad or not sizes:

@@ -108,7 +108,7 @@ def AxiomAgreement(expected: int = 1) -> ir_measures.Measure:  # noqa: N802 - it
     """
     if expected not in (1, -1):
         raise ValueError(
-            f'expected={expected!r} is no sign: use 1 where the score should rise, -1 where it should fall'
+            f'expected must be 1 (the score should rise) or -1 (it should fall); got expected={expected!r}'
         )
 
     def share(rows: pd.DataFrame) -> float:

@@ -44,7 +44,7 @@ def checked_run(run: Any, name: str) -> pd.DataFrame:
     """Returns a run with its qids and docnos as text.
 
     Raises:
-        TypeError: If it is no frame.
+        TypeError: If it is not a frame.
         ValueError: If it is empty, lacks columns, names a document of a query twice, or has a score that is not a
             finite number.
     """

@@ -40,8 +40,8 @@ def circuit(
 
     Args:
         circuit: The circuit.
-        head_counts: Heads of every layer, as in ``model.head_counts``; by default what the circuit was chosen from, or
-            as far as its heads reach.
+        head_counts: Heads of every layer, ``list(model.counts('heads').values())``; by default what the circuit was
+            chosen from, or as far as its heads reach.
         ax: Where to draw. Without it, a new figure is made.
         title: Title above the grid.
 
@@ -92,7 +92,9 @@ def _head_counts(circuit: Circuit, given: Sequence[int] | None) -> list[int]:
         deepest = max(unit.site.layer for unit in units)
         counts = [max(unit.index for unit in units.heads) + 1] * (deepest + 1)
     if not counts or not max(counts):
-        raise ValueError('This circuit has no heads and knows of no grid: give head_counts=model.head_counts')
+        raise ValueError(
+            "This circuit has no heads and knows of no grid: give head_counts=list(model.counts('heads').values())"
+        )
     for layer, head in sorted((unit.site.layer, unit.index) for unit in units.heads):
         if layer >= len(counts) or head >= counts[layer]:
             raise ValueError(f'head_counts={counts!r} has no head {head} in layer {layer}')

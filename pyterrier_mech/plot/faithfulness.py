@@ -46,7 +46,7 @@ def faithfulness(
         ValueError: If `column` is another one, or the frame is another.
     """
     if column not in _LABELS:
-        raise ValueError(f'column={column!r} cannot be drawn. Choose one of {list(_LABELS)}.')
+        raise ValueError(f'column must be one of {list(_LABELS)}; got column={column!r}')
     check_kind(curves, pd.DataFrame, 'the frame that faithfulness(model, circuit, frame) returned')
     missing = [name for name in ('size', 'kind', column, f'{column}_low') if name not in curves.columns]
     if missing or not len(curves):

@@ -65,7 +65,7 @@ def heads(
         ValueError: If ``column`` is another one, or no head has a value in it.
     """
     if column not in _LABELS:
-        raise ValueError(f'column={column!r} cannot be drawn. Choose one of {list(_LABELS)}.')
+        raise ValueError(f'column must be one of {list(_LABELS)}; got column={column!r}')
     require_matplotlib()
     if isinstance(effects, pd.DataFrame):
         effects = HeadEffects.from_frame(effects)

@@ -1,17 +1,7 @@
 """From a ranker to a smaller and faster one: criteria score units, plans choose, surgery removes, recovery repairs."""
 
 from pyterrier_mech.evaluation.efficiency import efficiency
-from pyterrier_mech.prune.criteria import (
-    L0,
-    SMA,
-    Conductance,
-    Fisher,
-    Magnitude,
-    Movement,
-    Patching,
-    Random,
-    Taylor,
-)
+from pyterrier_mech.prune.criteria import L0, SMA, Conductance, Fisher, Magnitude, Movement, Patching, Random, Taylor
 from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.plans.latency import latency_costs
 from pyterrier_mech.prune.plans.plan import Plan

@@ -107,27 +107,17 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
 
     @classmethod
     def load(cls, path: str | Path) -> PrunedReranker:  # type: ignore[override]
-        """Reads what `save` wrote; `pt.Artifact.load(path)` does the same. It is fitted, and has no unpruned model.
-
-        Raises:
-            FileNotFoundError: If there is no folder.
-            ValueError: If it holds something else, or is damaged.
-        """
+        """Reads what `save` wrote, as `pt.Artifact.load(path)` does; errors are those of `Fitted.load`."""
         fitted, stage = Fitted.load(Path(path), cls), object.__new__(cls)
         settings = {one.name: one.default for one in stage._fields() if one.name != 'model'}
         stage.__dict__.update(settings, model=None, path=Path(path))
-        stage._keep(fitted, None)
+        stage._keep(fitted)
         return stage
 
     # -- settings
 
     def check(self) -> None:
-        """Checks the settings, as far as that goes without data.
-
-        Raises:
-            TypeError: If one is of another type.
-            ValueError: If one is not among its options.
-        """
+        """Checks the settings, as far as that goes without data."""
         self._check_types()
         super().check()
 
@@ -175,9 +165,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
 
     @property
     def _sparsity(self) -> float | None:
-        if self.sparsity is None:
-            return 0.5 if self.speedup is None else None
-        return float(self.sparsity)
+        return 0.5 if self.sparsity is None and self.speedup is None else self.sparsity
 
     @property
     def _budget(self) -> dict[str, Any]:
@@ -221,13 +209,12 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
         # With the module it goes wherever the ranker goes, also into the saved configuration.
         student.map.module.config.fitted_on = qids
         name = digest(fingerprint(student), settings_of(student)).hex()[:16]
-        self._keep(Fitted(student, plan, pd.concat(filled, ignore_index=True), qids, name), scores)
+        self._keep(Fitted(student, plan, pd.concat(filled, ignore_index=True), qids, name, scores))
         # What lies there, if anything, was fitted before.
         self.path = pt.Artifact.NO_PATH
 
-    def _keep(self, fitted: Fitted, scores: UnitScores | None) -> None:
-        self.plan_, self.scores_, self.model_, self.name_ = fitted.plan, scores, fitted.model, fitted.name
-        self.history_, self.qids_ = fitted.history, fitted.qids
+    def _keep(self, fitted: Fitted) -> None:
+        self.__dict__ |= {f'{name}_': value for name, value in vars(fitted).items()}
         self._fit_key = self._fitted_with()
 
     def _checked_model(self) -> Ranker:
@@ -344,17 +331,14 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
         the subfolder `ranker` alone is a model that `CrossEncoder` or `BiEncoder` loads.
 
         Args:
-            path: The folder to make.
+            path: The folder to make, from then on the `path` of this object, which is returned.
             overwrite: Whether to replace a pruned ranker that was saved there before. Nothing else is ever replaced.
-
-        Returns:
-            This object, whose `path` is now the folder.
 
         Raises:
             FileExistsError: If `path` exists and may not be replaced.
             ValueError: If there is nothing to save yet.
         """
-        fitted = Fitted(self._fitted(), self.plan_, self.history_, self.qids_, self.name_)
+        fitted = Fitted(self._fitted(), self.plan_, self.history_, self.qids_, self.name_, self.scores_)
         fitted.save(Path(path), type(self), repr(self), overwrite=overwrite)
         self.path = Path(path)
         return self

@@ -10,6 +10,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech.prune.plans.plan import Plan
+from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.bi_encoder import BiEncoder
 from pyterrier_mech.rankers.cross_encoder import CrossEncoder
 from pyterrier_mech.rankers.loading import PRUNED, kept_counts
@@ -33,6 +34,7 @@ class Fitted:
         history: One row a validation, with the columns `HISTORY`.
         qids: Queries that had a say.
         name: What tells its weights and settings from others'.
+        scores: What the criterion said; it is not saved.
     """
 
     model: Ranker
@@ -40,6 +42,7 @@ class Fitted:
     history: pd.DataFrame
     qids: list[str]
     name: str
+    scores: UnitScores | None = None
 
     def save(self, path: Path, artifact: type[pt.Artifact], made_by: str, *, overwrite: bool) -> None:
         """Writes a folder, which appears when it is complete, or not at all.

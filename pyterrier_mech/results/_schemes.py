@@ -74,7 +74,7 @@ def _check(frame: pd.DataFrame, column: str, max_error: float | None) -> None:
             "returned; with by='token_type' name one of its columns, e.g. column='neurons.cls'."
         )
     if max_error is not None and not max_error > 0:
-        raise ValueError(f'max_error={max_error!r} lets no pair in: give e.g. 0.05, or None for all')
+        raise ValueError(f'max_error must be above 0, such as 0.05, or None for all pairs; got max_error={max_error!r}')
 
 
 def _arrays(rows: pd.DataFrame, column: str) -> np.ndarray:

@@ -117,12 +117,12 @@ class Circuit(SavedResult):
         Of a circuit without heads, `size` counts neurons. A larger part contains every smaller one.
 
         Raises:
-            ValueError: If it has not so many.
+            ValueError: If the circuit is smaller.
         """
         heads, neurons = self._tables['heads'], self._tables['neurons']
         whole = len(heads) or len(neurons)
         if not 0 <= size <= whole:
-            raise ValueError(f'size={size!r}: this circuit has parts of 0 to {whole}')
+            raise ValueError(f'size must be between 0 and {whole}, the size of this circuit; got size={size!r}')
         n_neurons = round(len(neurons) * size / whole) if whole else 0
         return Circuit.of_tables(
             heads.head(size if len(heads) else 0), neurons.head(n_neurons), settings=self.settings, qids=self.qids

@@ -133,7 +133,7 @@ class HeadEffects(SavedResult):
         """
         columns = [name for name in COLUMNS if name not in KEYS]
         if column not in columns:
-            raise ValueError(f'column={column!r} is not a number of a head. Choose one of {columns}.')
+            raise ValueError(f'column must be one of {columns}; got column={column!r}')
         stacks = self._table['name'].map(lambda name: parse(name).site.stack)
         table = self._table[stacks == stack]
         if not len(table):

@@ -229,7 +229,7 @@ class NeuronEffects(SavedResult):
         names = known if datasets is None else [datasets] if isinstance(datasets, str) else list(datasets)
         unknown = [name for name in names if name not in known]
         if unknown or not names:
-            raise ValueError(f'datasets={datasets!r} are not among {known}')
+            raise ValueError(f'datasets must be among {known}; got datasets={datasets!r}')
         return np.stack([self._of_dataset(scheme, name) for name in names])
 
     def _of_dataset(self, scheme: str, dataset: str) -> np.ndarray:

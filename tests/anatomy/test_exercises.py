@@ -4,7 +4,18 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from inside import PLACES, READOUTS, Family, Place, Site, classify_bert, inputs_of, register_family, sides, why_not_plain
+from inside import (
+    PLACES,
+    READOUTS,
+    Family,
+    Place,
+    Site,
+    classify_bert,
+    inputs_of,
+    register_family,
+    sides,
+    why_not_plain,
+)
 from toys import PAIRS, QUERIES, TEXTS, pairs, toy_module, wordpiece_tokenizer
 from transformers import AutoModelForSequenceClassification, NomicBertConfig
 
@@ -64,7 +75,9 @@ def test_a_family(reverse, monkeypatch):
     with torch.no_grad():
         expected = [module(**tokenizer(q, t, return_tensors='pt')).logits.item() for q, t in zip(*PAIRS)]
     np.testing.assert_allclose(model.score(*PAIRS), expected, atol=1e-10)
-    monkeypatch.setitem(oracles.OUT_PROJECTIONS, 'nomic_bert', lambda base: [one.self_attn.o_proj for one in base.layers])
+    monkeypatch.setitem(
+        oracles.OUT_PROJECTIONS, 'nomic_bert', lambda base: [one.self_attn.o_proj for one in base.layers]
+    )
     monkeypatch.setitem(oracles.MLP_OUTS, 'nomic_bert', lambda base: [one.mlp.down_proj for one in base.layers])
     check_patching(model, oracles.Plain(module, tokenizer), reverse)
     assert np.isfinite(AttributeHeads(model, 'relp')(pairs(3)).L0H0.iloc[0])

@@ -5,8 +5,8 @@ import oracles
 import pytest
 import torch
 from inside import sides, why_not_plain
-from toys import DESCRIBED, PAIRS, pairs, toy_module
 from torch import nn
+from toys import DESCRIBED, PAIRS, pairs, toy_module
 
 from pyterrier_mech import AttentionShares, AttributeHeads, BiEncoder, CrossEncoder, PatchHeads
 from pyterrier_mech.prune import Magnitude

@@ -245,7 +245,10 @@ def test_empty_texts_and_queries():
     rows = frame_of(3).assign(query=['', 'bread', ''], text=['bread', '', ''])
     res = AttributeNeurons(model)(rows)
     assert np.abs(res.neurons[1]).max() > 1e-5
-    assert np.abs(stacked(res, 'neurons')[[0, 2]]).max() < 1e-12 and (res['completeness_error.neurons'][[0, 2]] < 1e-12).all()
+    assert (
+        np.abs(stacked(res, 'neurons')[[0, 2]]).max() < 1e-12
+        and (res['completeness_error.neurons'][[0, 2]] < 1e-12).all()
+    )
     assert np.isfinite(stacked(AttributeNeurons(toy_bi_encoder('bert'))(rows), 'neurons')).all()
 
 
@@ -258,7 +261,9 @@ def test_row_order_batches_and_neighbours_do_not_matter(family):
     for tokens in (1, 500, 100_000):
         other = AttributeNeurons(model, **options, batch_tokens=tokens)(frame_of(4).sample(frac=1, random_state=3))
         np.testing.assert_allclose(stacked(other.sort_index(), 'neurons'), stacked(res, 'neurons'), atol=tolerance)
-        np.testing.assert_allclose(other.sort_index()['completeness_error.neurons'], res['completeness_error.neurons'], atol=1e-6)
+        np.testing.assert_allclose(
+            other.sort_index()['completeness_error.neurons'], res['completeness_error.neurons'], atol=1e-6
+        )
     single = pd.concat([AttributeNeurons(model, **options)(frame_of(4).iloc[i : i + 1]) for i in range(4)])
     np.testing.assert_allclose(stacked(single, 'neurons'), stacked(res, 'neurons'), atol=tolerance)
 
@@ -298,7 +303,7 @@ def test_columns_of_token_types_without_rows():
         ({'points': 1}, 'points must be 2 or more'),
         ({'points': 9, 'max_points': 5}, 'max_points must not be below points=9'),
         ({'tolerance': 0}, 'tolerance must be positive'),
-        ({'by': 'position'}, "by must be one of"),
+        ({'by': 'position'}, 'by must be one of'),
     ],
 )
 def test_unknown_settings_name_the_value(settings, message):

@@ -72,5 +72,7 @@ def test_relp_patches_the_linear_map_that_the_model_is_at_the_original():
 
 
 def test_relp_refuses_families_whose_layers_are_not_described():
-    with pytest.raises(ValueError, match=r"'relp' computes with the parts of the layers.*'mpnet'.*attribution_patching"):
+    with pytest.raises(
+        ValueError, match=r"'relp' computes with the parts of the layers.*'mpnet'.*attribution_patching"
+    ):
         AttributeHeads(toy_cross_encoder('mpnet'), 'relp')(pairs(2))

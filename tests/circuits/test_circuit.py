@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from toys import toy_cross_encoder
+from toys import analysed, toy_cross_encoder
 
 from pyterrier_mech import AblatedReranker, Circuit, HeadEffects, NeuronEffects, Units, discover_circuit
 
@@ -15,12 +15,12 @@ def _effects(values, **options):
     """Head effects whose ratio is the value with an interval of no width; four queries."""
     rows = [{'qid': q, 'docno': 'd', 'score_original': 1.0, 'score_perturbed': 3.0} for q in 'abcd']
     return HeadEffects.from_frame(
-        pd.DataFrame([row | {name: 2 * value for name, value in values.items()} for row in rows]), **options
+        analysed(pd.DataFrame([row | {name: 2 * value for name, value in values.items()} for row in rows])), **options
     )
 
 
 def _neurons(values, **options):
-    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error': 0.0})
+    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error.neurons': 0.0})
     frame['neurons'] = [np.asarray(values, dtype=float), np.zeros(np.shape(values))]
     qrels = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'label': [1, 0]})
     return NeuronEffects.from_frame(frame, qrels, **options)
@@ -40,7 +40,8 @@ def circuit():
 
 class TestDiscovery:
     def test_heads_by_absolute_ratio_whose_interval_excludes_zero(self):
-        found = discover_circuit(_effects(HEADS))
+        effects = _effects(HEADS)
+        found = discover_circuit(effects)
         assert found.heads['name'].tolist() == ['L0H1', 'L1H0', 'L1H1', 'L0H0']
         assert found.heads['effect'].tolist() == [-0.5, 0.3, 0.2, 0.1]
         assert found.heads['effect_low'].tolist() == found.heads['effect_high'].tolist() == [-0.5, 0.3, 0.2, 0.1]
@@ -50,6 +51,7 @@ class TestDiscovery:
             'k': None,
             'share': None,
             'confidence': 0.95,
+            'analysis': effects.analysis,
             'n_heads': 5,
             'n_certain': 4,
             'head_counts': [3, 2],
@@ -71,7 +73,7 @@ class TestDiscovery:
             {'layer': 0, 'neuron': 0, 'name': 'L0N0', 'effect': 5, 'role': 'relevance'},
         ]
         assert circuit.qids == ['a', 'b', 'c', 'd', 'x', 'y']
-        assert (circuit.settings['p'], circuit.settings['label'], circuit.settings['fuse']) == (
+        assert (circuit.settings['p'], circuit.settings['scheme'], circuit.settings['fuse']) == (
             25,
             'relevance',
             'average',
@@ -85,8 +87,8 @@ class TestDiscovery:
         ('settings', 'message'),
         [
             ({'k': 1, 'share': 0.1}, 'k=1 and share=0.1 both say'),
-            ({'k': 0}, 'k=0 leaves no head'),
-            ({'share': 0}, 'share=0 is no share'),
+            ({'k': 0}, 'k must be 1 or more; got k=0'),
+            ({'share': 0}, 'share must be above 0.*got share=0'),
             ({'share': 1.5}, 'share=1.5'),
             ({'roles': pd.DataFrame({'layer': [0]})}, "roles= has no 'head', 'role'"),
         ],
@@ -96,9 +98,9 @@ class TestDiscovery:
             discover_circuit(_effects(HEADS), **settings)
 
     def test_bad_effects(self):
-        with pytest.raises(TypeError, match='effects=DataFrame are no HeadEffects: give HeadEffects.from_frame'):
+        with pytest.raises(TypeError, match='effects must be HeadEffects, HeadEffects.from_frame.*got DataFrame'):
             discover_circuit(pd.DataFrame())
-        with pytest.raises(TypeError, match='neurons=DataFrame are no NeuronEffects'):
+        with pytest.raises(TypeError, match='neurons must be NeuronEffects.*got DataFrame'):
             discover_circuit(_effects(HEADS), neurons=pd.DataFrame())
         with pytest.raises(ValueError, match=r'None of the 1 heads has an interval.*4 queries.*patch more topics'):
             discover_circuit(_effects({'L0H0': 0.0}))
@@ -121,7 +123,7 @@ class TestCircuit:
         assert circuit.top(2).units == Units.of(['L0H1', 'L1H0', 'L1N1'])
         assert circuit.top(4) == circuit and circuit.top(1).qids == circuit.qids
         for size in (-1, 5):
-            with pytest.raises(ValueError, match=f'size={size}: this circuit has parts of 0 to 4'):
+            with pytest.raises(ValueError, match=f'size must be between 0 and 4.*got size={size}'):
                 circuit.top(size)
         only = Circuit.from_units(['L0N3', 'L0N1', 'L1N0'])
         assert only.top(2).units == Units.of(['L0N3', 'L0N1'])

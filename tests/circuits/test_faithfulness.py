@@ -220,7 +220,7 @@ def test_rows_that_cannot_be_patched_are_left_out_and_counted():
         ({}, ValueError, "value='mean' needs rows to take values from: give reference="),
         ({'value': 'noise'}, ValueError, "value must be one of .*got (value=)?'noise'"),
         ({'value': 'mean', 'reference': 'x'}, TypeError, 'must be a frame'),
-        ({'value': 'zero', 'sizes': [2]}, ValueError, 'size=2: this circuit has parts of 0 to 1'),
+        ({'value': 'zero', 'sizes': [2]}, ValueError, 'size must be between 0 and 1'),
         ({'value': 'zero', 'n_random': -1}, ValueError, 'n_random must be 0'),
         ({'value': 'zero', 'confidence': 2}, ValueError, 'confidence=2'),
     ],

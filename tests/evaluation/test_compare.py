@@ -263,11 +263,14 @@ def test_frame_that_says_what_it_was_fitted_on(baseline, qrels, side):
         ({'measures': ['map', 'ndgc@10']}, "'ndgc@10' is no known measure.*nDCG@10"),
         ({'measures': []}, 'no measures'),
         ({'qrels': pd.DataFrame({'qid': ['q1'], 'docno': ['d1']})}, "qrels has no 'label'"),
-        ({'qrels': pd.DataFrame({'qid': ['q1'] * 2, 'docno': 'd1', 'label': 1})}, 'qrels: 1 rows name a document'),
+        (
+            {'qrels': pd.DataFrame({'qid': ['q1'] * 2, 'docno': 'd1', 'label': [0, 1]})},
+            "qid='q1' docno='d1' two labels",
+        ),
         ({'qrels': pd.DataFrame({'qid': ['q1'], 'docno': 'd1', 'label': [None]})}, 'qrels: 1 of 1 rows have no label'),
-        ({'confidence': 95}, 'confidence=95 is not between 0 and 1'),
+        ({'confidence': 95}, 'confidence must be between 0 and 1.*got confidence=95'),
         ({'n_resamples': 0}, 'n_resamples=0'),
-        ({'correction': 'bonferoni'}, "correction='bonferoni' is not known"),
+        ({'correction': 'bonferoni'}, "correction must be .*got correction='bonferoni'"),
     ],
 )
 def test_errors(baseline, qrels, change, message, monkeypatch):

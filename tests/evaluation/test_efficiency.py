@@ -17,7 +17,8 @@ from toys import (
     weights,
 )
 
-from pyterrier_mech import CrossEncoder, efficiency
+from pyterrier_mech import CrossEncoder
+from pyterrier_mech.stats import efficiency
 
 D, HEADS, FF, LAYERS = 32, 4, 48, 2
 
@@ -221,9 +222,9 @@ def test_errors(frame, change, message, monkeypatch):
 
 def test_what_is_no_ranker(frame):
     model = toy_cross_encoder('bert')
-    with pytest.raises(TypeError, match='is no ranker.*PrunedReranker after fit'):
+    with pytest.raises(TypeError, match='model must be .*PrunedReranker after fit; got model='):
         efficiency(Fitted(model, None), frame)
-    with pytest.raises(TypeError, match="baseline='x' is no ranker"):
+    with pytest.raises(TypeError, match="baseline must be .*; got baseline='x'"):
         efficiency(model, frame, baseline='x')
 
 

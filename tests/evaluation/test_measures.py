@@ -124,7 +124,7 @@ def test_names_are_values():
 
 @pytest.mark.parametrize('expected', [0, 2, '+', None])
 def test_a_sign_that_is_none(expected):
-    with pytest.raises(ValueError, match='is no sign: use 1'):
+    with pytest.raises(ValueError, match='expected must be 1 .* or -1 .*; got expected='):
         AxiomAgreement(expected)
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from inside import ratio_of_sums, vanishes
 
-from pyterrier_mech.evaluation.bootstrap import bootstrap_by_query, ratio_of_sums, vanishes
+from pyterrier_mech.stats import bootstrap_by_query
 
 
 def rows(seed=0):

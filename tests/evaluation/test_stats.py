@@ -105,8 +105,8 @@ def test_interval_covers_the_mean():
 @pytest.mark.parametrize(
     'sums, options, message',
     [
-        ([[1.0, 2.0]], {'confidence': 95}, 'confidence=95 is not between 0 and 1.*0.95'),
-        ([[1.0, 2.0]], {'n_resamples': 0}, 'n_resamples=0 leaves nothing'),
+        ([[1.0, 2.0]], {'confidence': 95}, 'confidence must be between 0 and 1 .0.95.*got confidence=95'),
+        ([[1.0, 2.0]], {'n_resamples': 0}, 'n_resamples must be 1 or more.*got n_resamples=0'),
         ([], {}, r'shapes \[\] do not belong together'),
         ([3.0], {}, r'shapes \[\(\)\] do not belong together'),
         ([[]], {}, r'shapes \[\(0,\)\] do not belong together'),

@@ -50,37 +50,38 @@ class TestTransform:
         before = frame.copy(deep=True)
         expected = frame.assign(
             text=['black cat cat', 'red fox cat', 'black cat big fox'], text_0=['black cat', 'red fox', 'black cat']
-        )
+        ).assign(edited='text')
         out = Perturb(add_query)(frame)
         pd.testing.assert_frame_equal(out, expected)
-        assert list(out.columns) == ['docno', 'qid', 'text', 'score', 'query', 'rank', 'text_0']
+        assert list(out.columns) == ['docno', 'qid', 'text', 'score', 'query', 'rank', 'text_0', 'edited']
         pd.testing.assert_frame_equal(frame, before)
 
     def test_query(self, frame):
         expected = frame.assign(query=['cat black', 'cat red', 'big fox black'], query_0=['cat', 'cat', 'big fox'])
+        expected['edited'] = 'query'
         out = Perturb(lambda query, text: f'{query} {text.split()[0]}', field='query')(frame)
         pd.testing.assert_frame_equal(out, expected)
 
     def test_text_field(self, frame):
         frame = frame.rename(columns={'text': 'body'})
-        expected = frame.assign(body=['BLACK CAT', 'RED FOX', 'BLACK CAT'], body_0=frame['body'])
+        expected = frame.assign(body=['BLACK CAT', 'RED FOX', 'BLACK CAT'], body_0=frame['body'], edited='body')
         pd.testing.assert_frame_equal(Perturb(shout, text_field='body')(frame), expected)
 
     def test_stages_compose_and_keep_the_first_original(self, frame):
         expected = frame.assign(
             text=['BLACK CAT cat', 'RED FOX cat', 'BLACK CAT big fox'], text_0=['black cat', 'red fox', 'black cat']
-        )
+        ).assign(edited='text')
         pd.testing.assert_frame_equal((Perturb(shout) >> Perturb(add_query))(frame), expected)
 
     def test_an_earlier_original_keeps_its_place_and_value(self, frame):
-        frame.insert(0, 'query_0', ['a', 'b', 'c'])
+        frame = frame.assign(query_0=['a', 'b', 'c'], edited='query')
         out = Perturb(lambda query, text: f'{query}?', field='query')(frame)
         pd.testing.assert_frame_equal(out, frame.assign(query=['cat?', 'cat?', 'big fox?']))
 
     def test_text_and_query_both(self, frame):
         out = (Perturb(shout) >> Perturb(lambda query, text: text, field='query'))(frame)
         assert out['query'].tolist() == ['BLACK CAT', 'RED FOX', 'BLACK CAT']
-        assert list(out.columns[-2:]) == ['text_0', 'query_0']
+        assert list(out.columns[-3:]) == ['text_0', 'edited', 'query_0']
 
     def test_one_row_of_the_frame_gives_what_it_gives_alone(self, frame):
         stage = Perturb(TFC1(seed=3))
@@ -128,7 +129,7 @@ class TestErrors:
             perturbation(value)
 
     def test_unknown_field(self):
-        with pytest.raises(ValueError, match="field='body': must be 'text' or 'query'; name another .* by text_field="):
+        with pytest.raises(ValueError, match="field must be one of .'text', 'query'.; got field='body'"):
             Perturb(shout, field='body')
 
 
@@ -200,4 +201,5 @@ def test_inspect():
         'query',
         'text',
         'text_0',
+        'edited',
     ]

@@ -3,9 +3,9 @@
 import unicodedata
 
 import pytest
+from inside import plain_words
 
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, DocumentStatistics
-from pyterrier_mech.perturb.statistics import plain_words
 
 WORDS = {
     'Turkish': 'İstanbul',

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from inside import Analysis
 
 from pyterrier_mech import plot
-from pyterrier_mech.provenance import Analysis
 from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
 
 matplotlib = pytest.importorskip('matplotlib')

@@ -5,6 +5,7 @@ import builtins
 import numpy as np
 import pandas as pd
 import pytest
+from toys import analysed
 
 from pyterrier_mech import plot
 from pyterrier_mech.results import HeadEffects
@@ -22,8 +23,8 @@ def _effects(matrix: list[list[float]], **options) -> HeadEffects:
 
 def _frame(matrix: list[list[float]]) -> pd.DataFrame:
     heads = {f'L{i}H{j}': 2 * value for i, row in enumerate(matrix) for j, value in enumerate(row)}
-    return pd.DataFrame(
-        [{'qid': q, 'docno': 'd', 'score_original': 1.0, 'score_perturbed': 3.0, **heads} for q in 'abc']
+    return analysed(
+        pd.DataFrame([{'qid': q, 'docno': 'd', 'score_original': 1.0, 'score_perturbed': 3.0, **heads} for q in 'abc'])
     )
 
 
@@ -138,7 +139,7 @@ def test_without_matplotlib(monkeypatch):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"column='n' cannot be drawn. Choose one of \['ratio', 'mean'\]"):
+    with pytest.raises(ValueError, match=r"column must be one of \['ratio', 'mean'\]; got column='n'"):
         plot.heads(_effects(UNEVEN), column='n')
     frame = _frame(UNEVEN).assign(score_perturbed=1.0)
     with pytest.warns(UserWarning, match='is NaN'):

@@ -38,7 +38,7 @@ def _row(words=('[CLS]', 'rust', 'costs', '$5', 'to', '$9'), effects=(0, 2.0, -1
 
 def _neurons():
     values = np.arange(30.0).reshape(3, 10)
-    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error': 0.0})
+    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error.neurons': 0.0})
     frame['neurons'] = [values, np.zeros((3, 10))]
     return NeuronEffects.from_frame(frame, pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'label': [1, 0]}))
 
@@ -132,9 +132,9 @@ def test_circuits_without_effects_roles_or_grid():
 
 
 def test_circuit_errors():
-    with pytest.raises(ValueError, match=r'head_counts=\[2, 2\] L2H3: .* does not have it'):
+    with pytest.raises(ValueError, match=r'head_counts=\[2, 2\] has no head 3 in layer 2'):
         plot.circuit(_circuit(), head_counts=[2, 2])
-    with pytest.raises(ValueError, match='give head_counts=model.head_counts'):
+    with pytest.raises(ValueError, match='give head_counts='):
         plot.circuit(Circuit.from_units(['L0N1']))
 
 
@@ -163,7 +163,7 @@ def test_completeness_and_no_random():
 
 
 def test_faithfulness_errors():
-    with pytest.raises(ValueError, match="column='size' cannot be drawn"):
+    with pytest.raises(ValueError, match="column must be one of .*; got column='size'"):
         plot.faithfulness(_curves(), column='size')
     with pytest.raises(ValueError, match=r"no \['kind'\]: give what faithfulness"):
         plot.faithfulness(_curves().drop(columns='kind'))
@@ -229,9 +229,9 @@ def test_shares_of_layers():
     np.testing.assert_allclose([bar.get_height() for bar in top], [0, 0, 100])
     np.testing.assert_allclose([bar.get_height() for bar in bottom], [100, 0, 0])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), 100 / 3)
-    assert _legend(axes) == ['top 10 %', 'bottom 10 %', 'even']
+    assert _legend(axes) == ['top 10 %', 'bottom 10 %', 'if spread evenly']
 
 
 def test_neuron_errors():
-    with pytest.raises(ValueError, match='p=0 is no percentage'):
+    with pytest.raises(ValueError, match='p must be a percentage.*got p=0'):
         plot.neurons(_neurons(), p=0)

@@ -48,7 +48,7 @@ def test_removed_is_silenced_by_hooks_and_by_zeroed_weights(family, units):
     model = toy_cross_encoder(family)
     before, dense = weights(model.model), model.score(*PAIRS)
     pruned = remove_units(model, units)
-    expected = plain(model, zeroed(model.model, vars(units)))
+    expected = plain(model, zeroed(model.model, units))
     assert np.abs(expected - dense).max() > 1e-3
     close(pruned.score(*PAIRS), expected)
     close(plain(pruned, pruned.model), expected)
@@ -80,7 +80,7 @@ def test_float32(family):
     for units in UNITS.values():
         pruned = remove_units(model, units)
         assert {part.dtype for part in pruned.model.parameters()} == {torch.float32}
-        close(pruned.score(*PAIRS), plain(model, zeroed(model.model, vars(units))), 1e-6)
+        close(pruned.score(*PAIRS), plain(model, zeroed(model.model, units)), 1e-6)
 
 
 @every_family
@@ -108,8 +108,8 @@ def test_pruning_in_two_steps_is_pruning_at_once(family):
 def test_sizes(family, units):
     model, pruned = toy_cross_encoder(family), remove_units(toy_cross_encoder(family), units)
     for layer in range(2):
-        heads = HEADS - sum(unit[0] == layer for unit in units.heads)
-        neurons = NEURONS - sum(unit[0] == layer for unit in units.neurons)
+        heads = HEADS - sum(unit.site.layer == layer for unit in units.heads)
+        neurons = NEURONS - sum(unit.site.layer == layer for unit in units.neurons)
         assert (pruned.n_heads(layer), pruned.n_neurons(layer)) == (heads, neurons)
     count = sum(part.numel() for part in pruned.model.parameters())
     # Three rows with their bias and a column for each dimension of a head; a row with its bias and a column a neuron.
@@ -165,10 +165,8 @@ def test_half_of_the_real_cross_encoder():
     neurons = [sorted(draw.sample(range(1536), kept)) for kept in (768, 1536, 0, 768, 768, 768)]
     pruned = prune_units(model, heads, neurons)
     assert pruned.head_counts == [6, 0, 9, 12, 3, 6]
-    kept = Units(
-        frozenset((layer, head) for layer in range(6) for head in heads[layer]),
-        frozenset((layer, neuron) for layer in range(6) for neuron in neurons[layer]),
-    )
+    kinds = {'heads': heads, 'neurons': neurons}
+    kept = Units.of({kind: [(layer, unit) for layer in range(6) for unit in of[layer]] for kind, of in kinds.items()})
     masked = AblatedReranker(model, kept.complement(model)).score(*PAIRS)
     assert np.abs(masked - model.score(*PAIRS)).max() > 0.1
     close(pruned.score(*PAIRS), masked, 1e-5)
@@ -200,9 +198,9 @@ def test_other_families_are_refused(family):
 
 
 def test_what_is_no_unit_or_ranker():
-    with pytest.raises(ValueError, match='no head 4 in layer 0'):
+    with pytest.raises(ValueError, match='L0H4: .* does not have it'):
         remove_units(toy_cross_encoder('bert'), ['L0H4'])
-    with pytest.raises(TypeError, match='is no ranker'):
+    with pytest.raises(TypeError, match='model must be a ranker'):
         remove_units(pd.DataFrame(), ['L0H4'])
     module = toy_cross_encoder('bert', fresh=True).model
     module.bert.encoder.layer[1].output.dense = torch.nn.Sequential(module.bert.encoder.layer[1].output.dense)

@@ -98,7 +98,8 @@ def test_a_bi_encoder_remembers_its_settings(tmp_path, pooling, similarity):
     same_scores(loaded, model)
     # Read off the files, then carried by the ranker around the smaller module.
     smaller = remove_units(loaded, ['L0H0'])
-    assert (smaller.pooling, smaller.similarity, smaller.query_prefix) == (pooling, similarity, 'query: ')
+    stated = smaller.stated_
+    assert (stated.pooling, stated.similarity, stated.query_prompt) == (pooling, similarity, 'query: ')
     same_scores(smaller, remove_units(model, ['L0H0']))
 
 

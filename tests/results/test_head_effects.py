@@ -2,11 +2,10 @@
 
 import math
 
-import inside
 import numpy as np
 import pandas as pd
 import pytest
-from toys import effect_frame, simulated_effects
+from toys import analysed, effect_frame, simulated_effects
 
 from pyterrier_mech import HeadEffects
 
@@ -96,31 +95,30 @@ class TestNumbers:
         pd.testing.assert_frame_equal(before, after)
 
     def test_float32_scores_are_summed_in_float64(self, simulated):
-        narrow = simulated.astype({c: np.float32 for c in simulated.columns[2:]})
-        wide = narrow.astype({c: np.float64 for c in simulated.columns[2:]})
+        numbers = simulated.columns[2:].drop('analysis')
+        narrow = simulated.astype(dict.fromkeys(numbers, np.float32))
+        wide = narrow.astype(dict.fromkeys(numbers, np.float64))
         assert HeadEffects.from_frame(narrow) == HeadEffects.from_frame(wide)
 
 
 class TestDirection:
     def test_ratios_of_the_other_direction_divide_by_the_change_in_it(self, by_hand):
         plain = HeadEffects.from_frame(by_hand)
-        by_hand.attrs[inside.PATCHING] = {'direction': 'original_to_perturbed', 'effect': 'difference'}
-        reverse = HeadEffects.from_frame(by_hand)
+        reverse = HeadEffects.from_frame(analysed(by_hand, direction='original_to_perturbed'))
         np.testing.assert_allclose(reverse.to_frame()['ratio'], -plain.to_frame()['ratio'])
         np.testing.assert_allclose(reverse.to_frame()['mean'], plain.to_frame()['mean'])
         assert reverse.mean_delta == plain.mean_delta
 
     def test_normalised_effects_are_refused(self, by_hand):
-        by_hand.attrs[inside.PATCHING] = {'direction': 'perturbed_to_original', 'effect': 'normalized'}
         with pytest.raises(ValueError, match='are normalized, ratios already'):
-            HeadEffects.from_frame(by_hand)
+            HeadEffects.from_frame(analysed(by_hand, effect='normalized'))
 
 
 class TestMissingData:
     def test_unpatchable_rows_are_counted_by_reason(self, by_hand):
         frame = pd.concat(
             [
-                by_hand.assign(patchable='yes'),
+                by_hand.assign(patchable='yes').drop(columns='analysis'),
                 effect_frame(
                     [
                         ('q1', 'd3', 1.0, 9.0, 'unchanged'),
@@ -129,9 +127,10 @@ class TestMissingData:
                         ('q3', 'd3', 1.0, 2.0, None),
                     ],
                     ['patchable'],
-                ),
+                ).drop(columns='analysis'),
             ]
         )
+        frame = analysed(frame)
         effects = HeadEffects.from_frame(frame)
         assert effects.n_unpatchable == {'no reason given': 1, 'truncated': 2, 'unchanged': 1}
         assert (effects.n_rows, effects.n_used, effects.n_nan) == (8, 4, 0)
@@ -262,7 +261,7 @@ class TestViews:
     def test_matrix_of_another_column(self, by_hand):
         effects = HeadEffects.from_frame(by_hand)
         assert effects.matrix()[1, 2] == 2 / 6
-        with pytest.raises(ValueError, match="column='name' is not a number of a head. Choose one of .'ratio'"):
+        with pytest.raises(ValueError, match="column must be one of .'ratio'.*got column='name'"):
             effects.matrix('name')
 
     def test_strongest_by_absolute_ratio(self, simulated):

@@ -14,8 +14,8 @@ from pyterrier_mech import AttributeNeurons, NeuronEffects, Units
 
 
 def _frame(rows):
-    """Rows of (qid, docno, completeness_error, neurons)."""
-    frame = pd.DataFrame([(q, d, e) for q, d, e, _ in rows], columns=['qid', 'docno', 'completeness_error'])
+    """Rows of (qid, docno, completeness_error.neurons, neurons)."""
+    frame = pd.DataFrame([(q, d, e) for q, d, e, _ in rows], columns=['qid', 'docno', 'completeness_error.neurons'])
     return frame.assign(neurons=[np.asarray(array, dtype=np.float32) for *_, array in rows])
 
 
@@ -161,9 +161,11 @@ class TestSets:
 
 class TestErrors:
     def test_columns(self, by_hand, qrels):
-        with pytest.raises(ValueError, match="no 'neurons', 'completeness_error'. Pass the whole frame that an Attr"):
+        with pytest.raises(
+            ValueError, match="no 'neurons', 'completeness_error.neurons'. Pass the whole frame that an Attr"
+        ):
             NeuronEffects.from_frame(by_hand[['qid', 'docno']], qrels)
-        with pytest.raises(ValueError, match="qrels have no 'label'"):
+        with pytest.raises(ValueError, match="frame of qrels has no 'label'"):
             NeuronEffects.from_frame(by_hand, qrels.drop(columns='label'))
         with pytest.raises(ValueError, match="no 'neurons.cls'"):
             NeuronEffects.from_frame(by_hand, qrels, column='neurons.cls')
@@ -202,12 +204,12 @@ class TestErrors:
     @pytest.mark.parametrize(
         ('settings', 'message'),
         [
-            ({'p': 0}, 'p=0 is no percentage'),
+            ({'p': 0}, 'p must be a percentage above 0.*got p=0'),
             ({'p': 101}, 'p=101'),
-            ({'p': 1, 'label': 'good'}, "label must be one of .*got (label=)?'good'"),
+            ({'p': 1, 'scheme': 'good'}, "scheme must be one of .*got scheme='good'"),
             ({'p': 1, 'fuse': 'union'}, "fuse='union'"),
             ({'p': 1, 'by': 'size'}, "by='size'"),
-            ({'p': 1, 'datasets': ['dl']}, r"datasets=\['dl'\] are not among \['all'\]"),
+            ({'p': 1, 'datasets': ['dl']}, r"datasets must be among \['all'\]; got datasets=\['dl'\]"),
             ({'p': 1, 'datasets': []}, r'datasets=\[\]'),
         ],
     )

@@ -7,9 +7,8 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
+from inside import Analysis, with_columns
 
-from pyterrier_mech.frames import with_columns
-from pyterrier_mech.provenance import Analysis
 from pyterrier_mech.results import HeadEffects
 
 TO_ORIGINAL = {'model': 'm', 'direction': 'perturbed_to_original', 'effect': 'difference', 'filler': 'a'}

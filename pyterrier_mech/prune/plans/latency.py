@@ -26,6 +26,7 @@ from pyterrier_mech.saving import write_atomic
 from pyterrier_mech.units import HEADS, KINDS, NEURONS
 
 Shares = dict[str, list[float]]
+Pairs = tuple[list[str], list[str]]
 
 # Shares of all heads or neurons at which time is measured; between them it is interpolated.
 _GRID = (0.25, 0.5, 0.75, 1.0)
@@ -66,11 +67,11 @@ def latency_costs(
     if repeats < 1:
         raise ValueError(f'repeats must be 1 or more; got repeats={repeats!r}')
     check_prunable(model)
-    rows, tokens = _rows(model, frame, text)
-    path = _path(model, tokens, len(rows), repeats)
+    pairs, tokens = _pairs(model, frame, text)
+    path = _path(model, tokens, len(pairs[0]), repeats)
     costs = _from_file(model, path) if cache else None
     if costs is None:
-        shares = _measure(model, rows['query'].tolist(), rows[text].tolist(), repeats)
+        shares = _measure(model, pairs, repeats)
         costs = _costs(model, shares)
         if cache:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,20 +102,14 @@ def corrected(make: Callable[[float], Plan], asked: float, model: Ranker, frame:
     Returns:
         The plan whose measured speed-up came nearest; its settings tell it as `measured_speedup`.
     """
-    rows, _ = _rows(model, frame, text)
+    pairs, _ = _pairs(model, frame, text)
     model = _quiet(model)
-    queries, texts = rows['query'].tolist(), rows[text].tolist()
     target, nearest = asked, np.inf
     plan = best = make(asked)
     for _ in range(_CORRECTIONS):
         small = prune_units(model, plan.heads, plan.neurons)
-        jobs: dict[str, Callable[[], object]] = {
-            'whole': lambda: model.score(queries, texts),
-            'small': lambda s=small: s.score(queries, texts),  # type: ignore[misc]
-        }
-        times = _in_turns(jobs, _TURNS)
-        measured = float(np.median(times['whole'] / times['small']))
-        distance = abs(np.log(measured / asked))
+        measured = 1 / _times(model, {'small': small}, pairs, _TURNS)['small']
+        distance = float(abs(np.log(measured / asked)))
         if distance < nearest:
             nearest, best = distance, replace(plan, settings={**plan.settings, 'measured_speedup': measured})
         if distance <= _NEAR:
@@ -134,33 +129,32 @@ def corrected(make: Callable[[float], Plan], asked: float, model: Ranker, frame:
     return best
 
 
-def _rows(model: Ranker, frame: pd.DataFrame, text: str) -> tuple[pd.DataFrame, float]:
-    """Returns rows for two batches, and the mean number of tokens of all rows."""
+def _pairs(model: Ranker, frame: pd.DataFrame, text: str) -> tuple[Pairs, float]:
+    """Returns queries and texts for two batches, and the mean number of tokens of all rows."""
     rows = frame[['query', text]].astype(str).sort_values(['query', text])
     tokens = float(Inputs.plain(model, rows['query'].tolist(), rows[text].tolist()).lengths.mean())
     count = max(1, int(2 * model.budget.tokens / tokens))
-    return rows.sample(min(count, len(rows)), random_state=0), tokens
+    some = rows.sample(min(count, len(rows)), random_state=0)
+    return (some['query'].tolist(), some[text].tolist()), tokens
 
 
-def _measure(model: Ranker, queries: list[str], texts: list[str], repeats: int) -> Shares:
+def _measure(model: Ranker, pairs: Pairs, repeats: int) -> Shares:
     """Returns shares of the whole time: of each kind at some widths and in the last layer alone, and what is fixed."""
-    model = _quiet(model)
-    variants = {'whole': model, 'nothing': _variant(model, HEADS, 0.0, [])}
+    model, inner = _quiet(model), layers_of_all_tokens(model)
     widths = {kind: _measured_widths(model, kind) for kind in KINDS}
+    variants = {'nothing': _variant(model, HEADS, 0.0, [])}
     for kind in KINDS:
-        for step, share in enumerate(widths[kind].values()):
-            variants[f'{kind} {step}'] = _variant(model, kind, share, layers_of_all_tokens(model))
+        variants |= {f'{kind} {at}': _variant(model, kind, share, inner) for at, share in widths[kind].items()}
         variants[f'{kind} last'] = _variant(model, kind, 1.0, [model.n_layers - 1])
-    times = _in_turns({name: lambda v=v: v.score(queries, texts) for name, v in variants.items()}, repeats)  # type: ignore[misc]
-    relative = {name: float(np.median(np.asarray(t) / times['whole'])) for name, t in times.items()}
-    fixed = min(relative['nothing'], 1.0)
+    times = _times(model, variants, pairs, repeats)
+    fixed = min(times['nothing'], 1.0)
     shares: Shares = {'fixed': [fixed]}
     for kind in KINDS:
-        above = [0.0] + [relative[f'{kind} {step}'] - fixed for step in range(len(widths[kind]))]
+        above = [0.0, *(times[f'{kind} {at}'] - fixed for at in widths[kind])]
         # A wider block is never quicker: what looks so is noise.
         shares[kind] = np.maximum.accumulate(np.maximum(above, 0.0)).tolist()
         shares[f'{kind} at'] = [0.0, *widths[kind]]
-        shares[f'{kind} last'] = [max(relative[f'{kind} last'] - fixed, 0.0)]
+        shares[f'{kind} last'] = [max(times[f'{kind} last'] - fixed, 0.0)]
     return shares
 
 
@@ -176,23 +170,20 @@ def _measured_widths(model: Ranker, kind: str) -> dict[float, float]:
 
 def _costs(model: Ranker, shares: Shares) -> Costs:
     inner = layers_of_all_tokens(model)
-    tables: dict[str, list[np.ndarray]] = {}
-    for kind in KINDS:
+    heads: list[np.ndarray] = []
+    neurons: list[np.ndarray] = []
+    for kind, table in ((HEADS, heads), (NEURONS, neurons)):
         widths = _counts(model, kind)
         total = sum(widths[layer] for layer in inner) or 1
-        tables[kind] = []
         for layer, width in enumerate(widths):
             at = np.arange(width + 1) / max(1, width)
-            if layer in inner:
-                tables[kind].append(np.interp(at, shares[f'{kind} at'], shares[kind]) * width / total)
-            else:
-                tables[kind].append(at * shares[f'{kind} last'][0])
-    parts = sum(float(table[-1]) for layers in tables.values() for table in layers)
+            there = np.interp(at, shares[f'{kind} at'], shares[kind]) * width / total
+            table.append(there if layer in inner else at * shares[f'{kind} last'][0])
+    parts = sum(float(part[-1]) for part in [*heads, *neurons])
     fixed = shares['fixed'][0] if parts else 1.0
     # Times of parts do not add up to the whole exactly.
     scale = (1 - fixed) / parts if parts else 0.0
-    heads, neurons = ([scale * table for table in tables[kind]] for kind in KINDS)
-    return Costs(heads, neurons, fixed, 'time of scoring')
+    return Costs([scale * part for part in heads], [scale * part for part in neurons], fixed, 'time of scoring')
 
 
 def _counts(model: Ranker, kind: str) -> list[int]:
@@ -221,17 +212,18 @@ def _quiet(model: Ranker) -> Ranker:
     return quiet
 
 
-def _in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """Returns the seconds of each job, turn by turn."""
-    for job in jobs.values():
-        job()
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
+def _times(whole: Ranker, variants: dict[str, Ranker], pairs: Pairs, repeats: int) -> dict[str, float]:
+    """Returns the time of each variant relative to the whole ranker's in the same turn: medians over the turns."""
+    jobs = {'': whole, **variants}
+    for ranker in jobs.values():
+        ranker.score(*pairs)
+    seconds = np.empty((len(jobs), repeats))
+    for turn in range(repeats):
+        for job, ranker in enumerate(jobs.values()):
             start = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - start)
-    return {name: np.asarray(values) for name, values in times.items()}
+            ranker.score(*pairs)
+            seconds[job, turn] = time.perf_counter() - start
+    return dict(zip(jobs, np.median(seconds / seconds[0], axis=1).tolist(), strict=True))
 
 
 def _path(model: Ranker, tokens: float, rows: int, repeats: int) -> Path:
@@ -240,22 +232,12 @@ def _path(model: Ranker, tokens: float, rows: int, repeats: int) -> Path:
     key = (
         torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor(),
         platform.node(),
-        torch.get_num_threads(),
-        torch.get_num_interop_threads(),
-        torch.backends.cpu.get_cpu_capability(),
         torch.__version__,
-        str(model.map.dtype),
-        type(model).__name__,
+        torch.__config__.parallel_info(),
+        (str(model.map.dtype), model.dtype == 'tf32', type(model).__name__, type(model.readout).__name__),
         model.map.base.config.model_type,
-        _counts(model, HEADS),
-        _counts(model, NEURONS),
-        [(layer.head_dim, layer.mlp_out.out_features) for layer in model.map.layers],
-        type(model.readout).__name__,
-        model.dtype == 'tf32',
-        model.budget.tokens,
-        round(tokens / 8),
-        rows,
-        repeats,
+        [(layer.n_heads, layer.n_neurons, layer.head_dim, layer.mlp_out.out_features) for layer in model.map.layers],
+        (model.budget.tokens, round(tokens / 8), rows, repeats),
         _GRID,
     )
     return Path(pt.io.pyterrier_home()) / 'pyterrier_mech' / 'latency' / f'{digest(*key).hex()[:16]}.json'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +14,7 @@ from pyterrier_mech.prune.protocol import check_share
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.surgery import check_prunable
 from pyterrier_mech.rankers.ranker import Ranker
-from pyterrier_mech.units import KINDS, Site, Unit, Units
+from pyterrier_mech.units import HEADS, KINDS, NEURONS, Site, Unit, Units
 
 BUDGETS = ('flops', 'parameters', 'latency')
 
@@ -54,13 +53,9 @@ def make_plan(
         ValueError: If a setting is not known or out of range, the scores or times are not for this ranker, it has no
             units or they cannot be removed, or what must stay costs more than the budget.
     """
-    protected = check_plan_settings(
-        model, sparsity, budget=budget, speedup=speedup, allocation=allocation, protect=protect, multiple=multiple
-    )
-    scores.check(model)
-    costs = _costs(model, budget, tokens, latency)
-    made = stacks(scores, costs, protected, _widths(multiple))
-    room = _room(made, costs, protected, *_target(sparsity, speedup, budget))
+    settings = {'budget': budget, 'speedup': speedup, 'protect': protect, 'multiple': multiple}
+    protected = check_plan_settings(model, sparsity, allocation=allocation, **settings)
+    made, costs, room = _stacked(model, scores.check(model), sparsity, tokens=tokens, latency=latency, **settings)
     prioritise, skip = ALLOCATIONS[allocation]
     share = room / (costs.whole - costs.fixed)
     taken, spent = fill(made, prioritise(made, scores.joint, share), room, skip=skip)
@@ -69,17 +64,17 @@ def make_plan(
         for stack, blocks in zip(made, taken, strict=True)
         for number in stack.order[: stack.edges[blocks]].tolist()
     )
-    settings = {
-        'sparsity': None if sparsity is None else float(sparsity),
-        'speedup': None if speedup is None else float(speedup),
+    told = {
+        'sparsity': sparsity,
+        'speedup': speedup,
         'budget': budget,
         'allocation': allocation,
-        'multiple': int(multiple),
-        'tokens': float(tokens),
+        'multiple': multiple,
+        'tokens': tokens,
         'protected': protected.names,
         'kept_share': (spent + costs.fixed) / costs.whole,
     }
-    return plan_keeping(model, kept, settings)
+    return plan_keeping(model, kept, told)
 
 
 def check_plan_settings(
@@ -108,26 +103,19 @@ def check_plan_settings(
     return Units.of(protect).check(model)
 
 
-def check_budget(
-    model: Ranker,
-    sparsity: float | None,
-    *,
-    budget: str,
-    speedup: float | None,
-    protect: Any,
-    multiple: int,
-    tokens: float,
-    latency: Costs | None,
-) -> None:
+def check_budget(model: Ranker, sparsity: float | None, **settings: Any) -> None:
     """Checks that what must stay fits into the budget, which needs no scores.
+
+    Args:
+        model: The ranker.
+        sparsity: As for `make_plan`.
+        settings: `budget`, `speedup`, `protect`, `multiple`, `tokens` and `latency`, as for `make_plan`.
 
     Raises:
         ValueError: If not.
     """
     heads, neurons = ([np.zeros(count) for count in model.counts(kind).values()] for kind in KINDS)
-    costs, protected = _costs(model, budget, tokens, latency), Units.of(protect)
-    made = stacks(UnitScores(heads, neurons), costs, protected, _widths(multiple))
-    _room(made, costs, protected, *_target(sparsity, speedup, budget))
+    _stacked(model, UnitScores(heads, neurons), sparsity, **settings)
 
 
 def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple[float, str]:
@@ -147,26 +135,26 @@ def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple
     return 1 - (sparsity or 0.0), f'sparsity={sparsity!r}'
 
 
-def _costs(model: Ranker, budget: str, tokens: float, latency: Costs | None) -> Costs:
-    if budget == 'latency':
-        if latency is None:
-            raise ValueError("budget='latency' needs times: give latency=latency_costs(model, frame)")
-        return latency.check(model)
-    if not tokens > 0:
-        raise ValueError(f'tokens must be the length of a sequence; got tokens={tokens!r}')
-    return parameter_costs(model) if budget == 'parameters' else flop_costs(model, tokens)
-
-
-def _widths(multiple: int) -> dict[str, int]:
-    return {'heads': 1, 'neurons': multiple}
-
-
-def _room(made: Sequence[Stack], costs: Costs, protected: Units, target: float, wanted: str) -> float:
-    """Returns what units may cost together.
+def _stacked(
+    model: Ranker,
+    scores: UnitScores,
+    sparsity: float | None,
+    *,
+    budget: str,
+    speedup: float | None,
+    protect: Any,
+    multiple: int,
+    tokens: float,
+    latency: Costs | None,
+) -> tuple[list[Stack], Costs, float]:
+    """Returns the units of all layers in blocks, what they cost, and what they may cost together.
 
     Raises:
         ValueError: If what must stay costs more.
     """
+    costs, protected = _costs(model, budget, tokens, latency), Units.of(protect)
+    made = stacks(scores, costs, protected, {HEADS: 1, NEURONS: multiple})
+    target, wanted = _target(sparsity, speedup, budget)
     room, least = target * costs.whole - costs.fixed, least_cost(made)
     if least > room + 1e-9 * costs.whole:
         raise ValueError(
@@ -175,4 +163,14 @@ def _room(made: Sequence[Stack], costs: Costs, protected: Units, target: float, 
             f'{least / costs.whole:.1%}, what no unit owns {costs.fixed / costs.whole:.1%}. '
             f'{"Protect fewer, or ask" if protected else "Ask"} for less'
         )
-    return room
+    return made, costs, room
+
+
+def _costs(model: Ranker, budget: str, tokens: float, latency: Costs | None) -> Costs:
+    if budget == 'latency':
+        if latency is None:
+            raise ValueError("budget='latency' needs times: give latency=latency_costs(model, frame)")
+        return latency.check(model)
+    if not tokens > 0:
+        raise ValueError(f'tokens must be the length of a sequence; got tokens={tokens!r}')
+    return parameter_costs(model) if budget == 'parameters' else flop_costs(model, tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,18 +135,17 @@ def train(
     """
     check_comparable(data)
     plan = list(batches(data, schedule))
-    names = trainable(student.map.module, student.map.base.get_input_embeddings())
+    parameters = trainable(student.map.module, student.map.base.get_input_embeddings())
     # Where and how often progress is written does not change the result.
     settings = repr(replace(schedule, checkpoint=None, checkpoint_every=1))
-    run = _Run(student, names, schedule, len(plan), digest(settings, name_of(data.frame), identity).hex())
+    run = _Run(parameters, schedule, len(plan), digest(settings, name_of(data.frame), identity).hex())
     count = schedule.epochs * schedule.validations
     due = {round(len(plan) * (i + 1) / count) for i in range(count)}
+    shown = {'desc': type(schedule).__name__, 'unit': 'step', 'disable': not student.verbose}
     with (
         student.computing(gradients=True),
-        _requiring(student.map.module, names),
-        pt.tqdm(
-            total=len(plan), initial=run.step, desc=type(schedule).__name__, unit='step', disable=not student.verbose
-        ) as bar,
+        _requiring(student.map.module, parameters),
+        pt.tqdm(total=len(plan), initial=run.step, **shown) as bar,
     ):
         if run.step == 0 and validate is not None:
             # Training that only harms then changes nothing.
@@ -163,24 +162,24 @@ def train(
     return pd.DataFrame(run.history, columns=['step', 'loss', 'validation'])
 
 
-def trainable(module: nn.Module, embeddings: nn.Module) -> list[str]:
-    """Returns the names of the parameters that training changes: all that do not make the embeddings."""
+def trainable(module: nn.Module, embeddings: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that training changes, by name: all that do not make the embeddings."""
     frozen = {id(p) for p in embeddings.parameters()}
     # ELECTRA widens its embeddings in a module beside them, 'embeddings_project'.
-    return [
-        name
+    return {
+        name: parameter
         for name, parameter in module.named_parameters()
         if id(parameter) not in frozen and not any(part.startswith('embeddings') for part in name.split('.'))
-    ]
+    }
 
 
 @contextmanager
-def _requiring(module: nn.Module, names: list[str]) -> Iterator[None]:
+def _requiring(module: nn.Module, wanted: Collection[str]) -> Iterator[None]:
     """Has the named parameters, and no others, require gradients in the block."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     try:
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in names)
+            parameter.requires_grad_(name in wanted)
         yield
     finally:
         for parameter, required, gradient in before:
@@ -191,10 +190,8 @@ def _requiring(module: nn.Module, names: list[str]) -> Iterator[None]:
 class _Run:
     """Weights, optimiser and history on their way."""
 
-    def __init__(self, student: Ranker, names: list[str], schedule: Schedule, total: int, key: str):
-        every = dict(student.map.module.named_parameters())
-        self.parameters = {name: every[name] for name in names}
-        self.schedule, self.key = schedule, key
+    def __init__(self, parameters: dict[str, nn.Parameter], schedule: Schedule, total: int, key: str):
+        self.parameters, self.schedule, self.key = parameters, schedule, key
         self.zeros = {n: p == 0 for n, p in self.parameters.items() if schedule.keep_zeros and p.dim() > 1}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=schedule.learning_rate, weight_decay=0.0)
         warm = max(1, total // 10)
