@@ -134,6 +134,9 @@ def test_no_block_is_overlooked():
     for page in FILES:
         assert len(blocks(page)) == (DOCS / f'{page}.rst').read_text(encoding='utf-8').count('.. code-block::')
     assert {page for page in PAGES if python_blocks(page)} == set(PAGES)
+    for page in PAGES:
+        for line, _, options, _ in python_blocks(page):
+            assert ':class: executed' in options or 'Java' in options or 'network' in options, f'{page}.rst:{line}'
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -226,6 +229,7 @@ def test_heat_map_script(world, bi, capsys):
         (['--index', 'nowhere', '--dataset', 'irds:any'], 'nowhere'),
         (['--index', 'my-index.pisa'], '--dataset'),
         (['--index', 'my-index.pisa', '--dataset', 'irds:any', '--topics', '0'], '--topics'),
+        (['--index', 'my-index.pisa', '--dataset', 'irds:any', '--bi'], 'pooling'),
     ],
 )
 def test_heat_map_script_says_what_is_wrong(world, arguments, message, capsys):
