@@ -27,7 +27,7 @@ class Criterion(Protocol):
 
     Criteria are small values: equal if their settings are, printed as the call that makes them. One that has a method
     `check()` has its settings checked by it before any work; one that has `qids`, or a `circuit` with such, tells the
-    queries that had a say before.
+    queries that these were found on.
     """
 
     @property

@@ -64,9 +64,10 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
         model_: The pruned ranker.
         scores_: The `UnitScores` of the criterion (None with a given plan, or after loading).
         history_: For each recovery that trains, one row a validation: `recovery`, `step`, `loss`, `validation`.
-        qids_: Queries that had a say, sorted, as text: those that `fit` has seen, and those that a protected circuit
-            was found on, a given plan was made with, or the model was fitted on before. They go with `model_` wherever
-            it goes, and in the `attrs` of what it ranked: `compare` and `stats.compare` refuse to judge on them.
+        qids_: Queries that chose or trained it, sorted, as text: those that `fit` has seen, and those that a
+            protected circuit was found on, a given plan was made with, or the model was fitted on before. They go with
+            `model_` wherever it goes, and in the `attrs` of what it ranked: `compare` and `stats.compare` refuse to
+            judge on them.
         name_: What tells the weights and settings of the pruned ranker from others'.
 
     Raises:
@@ -268,7 +269,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
         return replace(plan, settings={**plan.settings, **told, 'qids': sorted(self._chosen_on(data))}), scores
 
     def _chosen_on(self, data: FitData) -> set[str]:
-        """Returns the queries that had a say in what stays or in its weights, but for validation."""
+        """Returns the queries that choose what stays or train its weights, those of validation left out."""
         qids = data.qids | as_qids(self.model.seen)
         for source in (self.protect, self.criterion, getattr(self.criterion, 'circuit', None)):
             qids |= as_qids(getattr(source, 'qids', ()))

@@ -32,7 +32,7 @@ class Fitted:
         model: The pruned ranker.
         plan: What stays of the unpruned one.
         history: One row a validation, with the columns `HISTORY`.
-        qids: Queries that had a say.
+        qids: Queries that chose or trained it.
         name: What tells its weights and settings from others'.
         scores: What the criterion said; it is not saved.
     """

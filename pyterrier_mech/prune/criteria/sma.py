@@ -71,7 +71,7 @@ class SMA:
         seed: Random seed of the draw of pairs, and of the intervals in discovery.
 
     Attributes:
-        qids: Queries that the given circuit was found on: they had a say in what is kept.
+        qids: Queries that the given circuit was found on; nothing that it protects may be judged on them.
 
     Source: parts of it: Michel, Levy, Neubig, NeurIPS 2019, arXiv 1905.10650 (ablation, first-order estimate); Chen,
     Merullo, Eickhoff, SIGIR 2024, arXiv 2405.02503 (patched heads of rankers).

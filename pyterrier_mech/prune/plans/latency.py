@@ -80,7 +80,7 @@ def latency_costs(
 
 
 def _from_file(model: Ranker, path: Path) -> Costs | None:
-    """Returns the costs of a table that was kept; None where there is none that is whole and of these days."""
+    """Returns the costs of a table that was kept; None where it is missing, torn or too old."""
     try:
         shares = json.loads(path.read_text(encoding='utf-8'))
         age = date.today() - date.fromisoformat(shares['measured'])

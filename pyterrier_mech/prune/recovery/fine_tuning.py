@@ -60,7 +60,7 @@ class FineTuning(Schedule):
             validation: Rows of other queries, for early stopping if they have judgements.
 
         Returns:
-            The history: `step`, `loss`, and, as `validation`, what the nDCG@10 lacks to 1; see `train`.
+            The history: `step`, `loss`, and, as `validation`, 1 − nDCG@10; see `train`.
 
         Raises:
             ValueError: If a setting is out of range, no query has texts of different labels, the validation queries
@@ -100,7 +100,7 @@ def _judgements_of(validation: FitData) -> pd.DataFrame:
 
 
 def _lost_ndcg(student: Ranker, validation: FitData, qrels: pd.DataFrame) -> Callable[[], float]:
-    """Returns the function that tells what the mean nDCG@10 on the validation rows lacks to 1."""
+    """Returns the function that tells 1 − mean nDCG@10 on the validation rows."""
     frame = with_ids(validation.frame[['qid', 'docno']], 'the frame')
     judged, measure = pt.model.to_ir_measures(qrels), ir_measures.nDCG @ 10
 
