@@ -155,7 +155,23 @@ def edited_columns(inp: pd.DataFrame, text: str) -> list[set[str]]:
                 f'{row_name(inp, row)}: column {EDITED!r} names {missing[0]!r}, but the frame has no '
                 f"'{missing[0]}_0' with the original"
             )
-    return [set(value.split()) for value in said]
+    edited = [set(value.split()) for value in said]
+    check_not_rewritten(inp, edited)
+    return edited
+
+
+def check_not_rewritten(inp: pd.DataFrame, edited: Sequence[set[str]]) -> None:
+    """Checks that no rewriter came after an edit of the query: it would have moved the original to `query_1`.
+
+    Raises:
+        ValueError: If one did.
+    """
+    rows = [row for row, columns in enumerate(edited) if 'query' in columns and 'query_1' in inp.columns]
+    if rows and inp['query_1'].iloc[rows].notna().any():
+        raise ValueError(
+            "the frame has a column 'query_1', so a query rewriter came after the edit of the query, and 'query_0' is "
+            "not the original: put rewriters before Perturb(..., field='query'), or remove 'query_1' if 'query_0' is it"
+        )
 
 
 def with_columns(inp: pd.DataFrame, columns: Mapping[str, Any], analysis: Analysis | None = None) -> pd.DataFrame:

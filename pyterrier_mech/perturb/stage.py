@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,9 +11,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pandas as pd
-import pyterrier as pt
 
-from pyterrier_mech.frames import EDITED, require, row_name, strings
+from pyterrier_mech.frames import EDITED, check_not_rewritten, require, row_name, strings
 from pyterrier_mech.stage import Keeping, Stage, choice
 
 
@@ -72,7 +72,7 @@ class Perturb(Stage, Keeping):
 
     Rows, order, index and all other columns stay. A second ``Perturb`` perturbs the perturbed text and leaves
     ``text_0`` as it is, so that ``text_0`` is always the first original. A ``query_0`` that a query rewriter left
-    becomes ``query_1``, as in PyTerrier, when the query is edited. Where the perturbation changes nothing (for an
+    becomes ``query_0_before`` when the query is edited. Where the perturbation changes nothing (for an
     axiom: it found no term to add), the row stays as it is and one warning counts such rows.
 
     A score cache placed after this stage must not key on query and docno alone: the text is no longer the docno's.
@@ -165,6 +165,7 @@ def _edited(inp: pd.DataFrame) -> list[set[str]]:
                 f'the column {EDITED!r} must hold the names of the columns that Perturb has edited; got {name!r}, and '
                 f"there is no '{name}_0'. Rename yours: {_renamed(EDITED, 'edited_before')}"
             )
+    check_not_rewritten(inp, edited)
     return edited
 
 
@@ -175,7 +176,8 @@ def _made_room(inp: pd.DataFrame, column: str, edited: list[set[str]]) -> pd.Dat
         return inp
     ours = any(column in names for names in edited) or (not len(inp) and EDITED in inp.columns)
     if column == 'query' and not ours:
-        return pt.model.push_queries(inp, keep_original=True)
+        # Out of PyTerrier's numbers: a `query_1` then says that a rewriter came after the edit.
+        return inp.rename(columns=lambda name: f'{name}_before' if re.fullmatch(r'query_\d+', str(name)) else name)
     if any(column not in names and there for names, there in zip(edited, inp[backup].notna())):
         raise ValueError(
             f'the frame has a column {backup!r} that Perturb did not write: the original would not fit beside it. '
