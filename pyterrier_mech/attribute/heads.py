@@ -120,7 +120,7 @@ class AttributeHeads(Keeping, ModelStage):
         return with_columns(inp, columns, self._analysis(heads, settings))
 
     def _analysis(self, heads: list[Unit], settings: dict[str, Any]) -> Analysis:
-        settings = {'method': self.method, **settings, 'model': repr(self.model)}
+        settings = {'method': self.method, **settings, 'model': self.model.noted}
         return Analysis('AttributeHeads', settings, [unit.name for unit in heads])
 
     # -- with a second text

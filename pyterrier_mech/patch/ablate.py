@@ -96,7 +96,7 @@ class AblateHeads(Keeping, Ablation):
         else:
             scores = np.zeros((1 + len(heads), 0), dtype=np.float32)
         effects = {unit.name: scores[1 + i] - scores[0] for i, unit in enumerate(heads)}
-        settings = {'value': self.value, 'seed': self.seed, 'model': repr(self.model)}
+        settings = {'value': self.value, 'seed': self.seed, 'model': self.model.noted}
         return with_columns(
             inp, {'score_plain': scores[0], **effects}, Analysis('AblateHeads', settings, list(effects))
         )

@@ -77,7 +77,7 @@ class PatchHeads(Keeping, ModelStage):
         names = [unit.name for unit in heads]
         columns = self._patch(versions, heads, names) if len(inp) else no_pairs(names)
         settings = {name: getattr(self, name) for name in ('direction', 'effect', 'filler')}
-        return with_columns(inp, columns, Analysis('PatchHeads', settings | {'model': repr(self.model)}, names))
+        return with_columns(inp, columns, Analysis('PatchHeads', settings | {'model': self.model.noted}, names))
 
     def _patch(self, versions: tuple[Fields, Fields], heads: list[Unit], names: Sequence[str]) -> dict[str, Any]:
         inputs = Inputs.pairs(self.model, *versions, self.filler)

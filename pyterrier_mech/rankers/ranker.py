@@ -19,6 +19,7 @@ from torch import nn
 
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
+from pyterrier_mech.draws import digest
 from pyterrier_mech.frames import texts_of
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
 from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
@@ -168,6 +169,14 @@ class Ranker(Stage):
     def seen(self) -> Sequence[str]:
         """Queries that the weights have been fitted on, as far as the model says."""
         return list(getattr(self.map.module.config, 'fitted_on', None) or [])
+
+    @property
+    def noted(self) -> str:
+        """What notes call it: the call that makes it and, since modules look alike there, a name of some weights."""
+        if self._by_name:
+            return repr(self)
+        some = [part.detach().flatten()[:: part.numel() // 8 + 1].tolist() for part in self.map.module.parameters()]
+        return f'{self!r} {digest(some).hex()[:8]}'
 
     @property
     @abstractmethod

@@ -287,3 +287,14 @@ def test_real_cross_encoder_equals_the_oracle_in_float64():
     res, by_oracle = on_real_pairs(model, module, real_pairs(3), 3)
     there = ~np.isnan(by_oracle)
     np.testing.assert_allclose(effects_of(res)[there], by_oracle[there], atol=1e-10, rtol=0)
+
+
+def test_effects_of_two_modules_are_not_mixed():
+    frame, models = pairs(4), [toy_cross_encoder(seed=seed) for seed in (0, 0, 1)]
+    assert repr(models[0]) == repr(models[2])
+    one, same, other = (PatchHeads(model, heads=['L0H0'])(frame) for model in models)
+    assert HeadEffects.from_frame(pd.concat([one[:2], same[2:]])).n_rows == 4
+    with pytest.raises(ValueError, match='2 different analyses'):
+        HeadEffects.from_frame(pd.concat([one[:2], other[2:]]))
+    with pytest.raises(ValueError, match='remove it'):
+        HeadEffects.from_frame(PatchHeads(models[2], heads=['L1H1'])(one))
