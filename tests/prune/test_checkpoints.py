@@ -5,7 +5,8 @@ import torch
 from fits import FAST, close_weights, data, mixed, pruned, same_history, trained, trained_once
 from toys import toy_cross_encoder
 
-from pyterrier_mech import CrossEncoder, Distillation, FineTuning
+from pyterrier_mech import CrossEncoder
+from pyterrier_mech.prune import Distillation, FineTuning
 
 LONG = {**FAST, 'epochs': 4, 'validations': 2, 'patience': 9}
 TRAIN, VALIDATION = data([0, 1, 2], range(5)), data([3], range(6))

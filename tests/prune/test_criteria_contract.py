@@ -90,7 +90,7 @@ def test_missing_needs_are_told_before_the_model_is_touched():
         (Taylor(max_pairs=0), 'max_pairs=0 leaves nothing'),
         (Conductance(baseline='none'), "baseline='none' is none of"),
         (Conductance(tolerance=0), 'tolerance=0 is not positive'),
-        (SMA(odds=0.5), 'odds=0.5 would not protect'),
+        (SMA(protection=0.5), 'odds=0.5 would not protect'),
         (L0(target=1), 'target=1 is no share'),
         (L0(steps=0), 'steps=0 trains nothing'),
         (Movement(learning_rate=0), 'learning_rate=0 trains nothing'),

@@ -12,7 +12,7 @@ from fits import DOCS, FAST, close_weights, data, mixed, pruned, same_history, t
 from inside import FitData, Schedule, batches, margin_error, with_negatives
 from toys import QUERIES, same_weights, toy_bi_encoder, toy_cross_encoder, weights
 
-from pyterrier_mech import Distillation, FineTuning
+from pyterrier_mech.prune import Distillation, FineTuning
 
 pytestmark = pytest.mark.numeric
 

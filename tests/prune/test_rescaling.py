@@ -8,8 +8,7 @@ from fits import KEPT_NEURONS as NEURONS
 from fits import data, mixed
 from toys import RESIZABLE, same_weights, toy_bi_encoder, toy_cross_encoder, weights
 
-from pyterrier_mech import Rescaling
-from pyterrier_mech.prune import prune_units
+from pyterrier_mech.prune import Rescaling, prune_units
 
 pytestmark = pytest.mark.numeric
 

@@ -17,8 +17,8 @@ from toys import (
     weights,
 )
 
-from pyterrier_mech import Distillation, PatchHeads
-from pyterrier_mech.prune import UnitScores, mask_weights
+from pyterrier_mech import PatchHeads
+from pyterrier_mech.prune import Distillation, UnitScores, mask_weights
 
 
 def maps(model):
