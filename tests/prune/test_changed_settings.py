@@ -49,7 +49,7 @@ def test_a_folder_is_loaded_not_pruned(tmp_path):
     stage = fitted()
     stage.save(tmp_path / 'small')
     with pytest.raises(TypeError, match=r'PrunedReranker.load\(folder\)'):
-        PrunedReranker.load(tmp_path / 'small')
+        PrunedReranker(tmp_path / 'small')
     with pytest.raises(TypeError, match='must be a ranker'):
         PrunedReranker(None)
     loaded = PrunedReranker.load(tmp_path / 'small')

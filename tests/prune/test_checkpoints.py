@@ -152,6 +152,6 @@ def test_where_and_how_often_is_written_may_change(left):
 def test_other_files_are_no_checkpoints(tmp_path, content):
     path = tmp_path / 'c'
     path.write_bytes(content)
-    with pytest.raises(ValueError, match='is no checkpoint'):
+    with pytest.raises(ValueError, match='checkpoint must be a file that training wrote, or none yet; got .*c'):
         trained(Distillation(**LONG, checkpoint=str(path)), TRAIN)
     assert path.read_bytes() == content

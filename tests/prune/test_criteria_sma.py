@@ -87,7 +87,7 @@ def test_a_circuit_is_discovered_where_there_are_two_versions():
     heads, neurons = Units.of(found.notes['circuit']).heads, Units.of(found.notes['circuit']).neurons
     assert 1 <= len(heads) <= 2 and len(neurons) == 1
     best = np.concatenate(SMA(protection=1).scores(model, data).neurons)
-    assert neurons == {divmod(int(np.argmax(best)), 48)}
+    assert neurons == Units.of({'neurons': [divmod(int(np.argmax(best)), 48)]})
     paired = FitData(Perturb(add_query)(data.frame), data.qrels)
     assert SMA().scores(model, paired).notes['protection'].startswith('discovered')
     assert SMA().scores(model, data).notes['protection'].startswith('none')

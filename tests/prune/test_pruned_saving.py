@@ -65,7 +65,7 @@ def test_loaded_weights_are_saved_ones_bit_for_bit(kind, tmp_path):
         assert loaded.qids_ == stage.qids_ == ['q0', 'q1', 'q2']
         pd.testing.assert_frame_equal(loaded.history_, stage.history_, check_dtype=False)
         assert type(loaded.model_) is type(stage.model_) and loaded.model_.head_counts == stage.model_.head_counts
-        assert repr(loaded) == f'PrunedReranker({str(tmp_path / "small")!r})'
+        assert repr(loaded) == f'PrunedReranker.load({str(tmp_path / "small")!r})'
     assert [path.name for path in tmp_path.iterdir()] == ['small']
 
 
@@ -76,6 +76,11 @@ def test_the_ranker_alone_and_a_second_analysis(tmp_path):
     close(ranker(OTHER), stage(OTHER))
     pairs = OTHER.assign(text_0=OTHER['text'], text=OTHER['text'] + ' rust')
     ours, theirs = PatchHeads(ranker)(pairs), PatchHeads(stage.model_)(pairs)
+    # The analysis names the ranker: one by its folder, the other by its module.
+    for frame, name in ((ours, str(tmp_path)), (theirs, '<BertForSequenceClassification>')):
+        notes = frame['analysis'].map(json.loads)
+        assert notes.map(lambda note: name in note.pop('model')).all()
+        frame['analysis'] = notes.map(json.dumps)
     pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-5)
     bi = fitted(KINDS['mean']())
     bi.save(tmp_path / 'bi')
@@ -123,7 +128,7 @@ def test_what_may_be_replaced(tmp_path, monkeypatch):
             stage.save(tmp_path / other, overwrite=True)
         with pytest.raises(ValueError, match='holds no saved PrunedReranker'):
             PrunedReranker.load(tmp_path / other)
-    with pytest.raises(FileNotFoundError, match=r'give a ranker to prune|Give a ranker to prune'):
+    with pytest.raises(FileNotFoundError, match=r'There is no .*nothing.*PrunedReranker.save\(path\)'):
         PrunedReranker.load(tmp_path / 'nothing')
     monkeypatch.setattr(Plan, 'save', refuse)
     before = sorted(path for path in tmp_path.rglob('*'))
