@@ -9,6 +9,7 @@ from pyterrier_mech.prune import Distillation, FineTuning, Fisher, Magnitude, Mo
 
 FRAME = training_frame()
 QRELS = FRAME[['qid', 'docno']].assign(label=[(7 * i) % 3 for i in range(len(FRAME))])
+OF_OTHERS = QRELS.assign(docno='x' + QRELS['docno'])
 TRAIN = FRAME[FRAME['qid'] < 'q2']
 SMALL = {'multiple': 8}
 
