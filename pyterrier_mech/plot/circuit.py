@@ -27,11 +27,7 @@ _LARGEST, _SMALLEST = 120.0, 12.0
 
 
 def circuit(
-    circuit: Circuit,
-    *,
-    head_counts: Sequence[int] | None = None,
-    ax: Axes | None = None,
-    title: str | None = None,
+    circuit: Circuit, *, head_counts: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """Draws the heads of a circuit in the grid of all heads, layers as rows and heads as columns.
 

@@ -20,11 +20,7 @@ _CIRCUIT, _RANDOM = '#0072b2', '#7f7f7f'
 
 
 def faithfulness(
-    curves: pd.DataFrame,
-    *,
-    column: str = 'faithfulness',
-    ax: Axes | None = None,
-    title: str | None = None,
+    curves: pd.DataFrame, *, column: str = 'faithfulness', ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """Draws a curve of `pyterrier_mech.faithfulness`: the circuit with its interval, and random circuits.
 

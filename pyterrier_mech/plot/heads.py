@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABELS = {
-    'ratio': 'share of the score change\ncarried by the head',
-    'mean': 'mean score change (logits)',
-}
+_LABELS = {'ratio': 'share of the score change\ncarried by the head', 'mean': 'mean score change (logits)'}
 _MISSING: dict[str, Any] = {'facecolor': '#f2f2f2', 'edgecolor': '#bdbdbd', 'hatch': '//////', 'linewidth': 0}
 
 

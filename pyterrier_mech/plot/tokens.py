@@ -124,15 +124,7 @@ def _draw(ax: Axes, words: Sequence[str], places: Sequence[tuple[float, int, flo
         shape = FancyBboxPatch((x, bottom + 1.5), box, _LINE - 3, boxstyle='round,pad=0,rounding_size=2')
         shape.set(facecolor=colour, edgecolor='#e0e0e0', linewidth=0.4, transform=points, clip_on=False)
         ax.add_artist(shape)
-        ax.text(
-            x + _PAD,
-            bottom + _LINE / 2,
-            word,
-            fontsize=_POINTS,
-            color=ink,
-            va='center_baseline',
-            transform=points,
-        )
+        ax.text(x + _PAD, bottom + _LINE / 2, word, fontsize=_POINTS, color=ink, va='center_baseline', transform=points)
 
 
 def _colour_bar(ax: Axes, mappable: Any, depth: float) -> None:

@@ -37,11 +37,7 @@ class Circuit(SavedResult):
     qids: list[str]
 
     def __init__(
-        self,
-        path: Any,
-        *,
-        tables: dict[str, pd.DataFrame] | None = None,
-        summary: dict[str, Any] | None = None,
+        self, path: Any, *, tables: dict[str, pd.DataFrame] | None = None, summary: dict[str, Any] | None = None
     ) -> None:
         """Reads the folder `path`, or holds what `discover_circuit` made.
 

@@ -39,21 +39,13 @@ class NeuronEffects(SavedResult):
     """
 
     ARTIFACT_TYPE = 'neuron_effects'
-    TABLES = {
-        'neurons': KEYS,
-        'schemes': (SCHEME, DATASET, 'n', 'worst_error'),
-        'datasets': (DATASET,),
-    }
+    TABLES = {'neurons': KEYS, 'schemes': (SCHEME, DATASET, 'n', 'worst_error'), 'datasets': (DATASET,)}
     MADE_BY = 'NeuronEffects.from_frame(frame, qrels)'
 
     qids: list[str]
 
     def __init__(
-        self,
-        path: Any,
-        *,
-        tables: dict[str, pd.DataFrame] | None = None,
-        summary: dict[str, Any] | None = None,
+        self, path: Any, *, tables: dict[str, pd.DataFrame] | None = None, summary: dict[str, Any] | None = None
     ) -> None:
         """Reads the folder `path`, or holds what `from_frame` made.
 
