@@ -53,16 +53,14 @@ def tokens(
         left, top = _MARGIN / (72 * width), 1 - (_MARGIN + above) / height
         ax = figure.add_axes((left, _MARGIN / height, 1 - 2 * left, top - _MARGIN / height))
     else:
-        figure = cast('Figure', ax.get_figure(root=True))
         # Lays the figure out, so that the axes have their width.
-        figure.draw_without_rendering()
+        cast('Figure', ax.get_figure(root=True)).draw_without_rendering()
         places, n_lines = _places([_width(word) for word in words], ax.get_window_extent().width / ax.figure.dpi * 72)
     ax.axis('off')
     mappable = _mappable(effects)
     _draw(ax, words, places, mappable.to_rgba(effects))
     _colour_bar(ax, mappable, n_lines * _LINE)
-    finish(ax, title)
-    return figure
+    return finish(ax, title)
 
 
 def _content(row: Any) -> tuple[list[str], np.ndarray]:
