@@ -62,7 +62,7 @@ def main():
         topics = load_topics(dataset, options.variant).head(options.topics)
         text = load_texts(index if options.text == 'index' else dataset)
         model = (BiEncoder if options.bi else CrossEncoder)(options.model, verbose=True)
-        model.map  # loads the weights now, so that a wrong name is found before any work
+        model.maker  # loads weights, settings and tokenizer now, so that what is wrong is found before any work
     except (OSError, ValueError, KeyError) as error:
         parser.exit(2, f'{parser.prog}: error: {error.args[-1]}\n')
     edit = Perturb(AXIOMS[options.axiom](index))

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.units import HEADS, KINDS, Countable, Unit, Units
+from pyterrier_mech.units import HEADS, KINDS, Unit, Units
 
 _T = TypeVar('_T')
 
@@ -176,13 +176,13 @@ class ModelStage(Stage):
         Raises:
             ValueError: If the setting names something else, or the ranker does not have a unit.
         """
-        value, counted = getattr(self, name), model_of(self.model)
+        value = getattr(self, name)
         if value is None:
-            return sorted(Units.all(counted, [kind]))
+            return sorted(Units.all(self.model, [kind]))
         found = Units.of(value)
         if found - found.of_kind(kind):
             raise ValueError(f'{name} must name {kind} only; got {sorted(found - found.of_kind(kind))[0].name!r}')
-        return sorted(found.check(counted))
+        return sorted(found.check(self.model))
 
     def _key(self, one: Field[Any]) -> Hashable:
         value = getattr(self, one.name)
@@ -190,11 +190,6 @@ class ModelStage(Stage):
             # Of a reference frame only queries and texts are read.
             return hashable(value.reindex(columns=['query', self.text]))
         return super()._key(one)
-
-
-def model_of(model: Any) -> Countable:
-    """Returns a ranker as what has units."""
-    return model
 
 
 def hashable(value: Any) -> Hashable:

@@ -49,11 +49,12 @@ from pyterrier_mech.prune.plans.planning import check_budget  # noqa: F401
 from pyterrier_mech.prune.protocol import check_step as check_needs  # noqa: F401
 from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives  # noqa: F401
 from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
-from pyterrier_mech.rankers import ranker
+from pyterrier_mech.rankers import folders, ranker
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 
+alignment_module = sys.modules['pyterrier_mech.inputs.alignment']
 # By its full name: the package may export the function under the name of the module.
 evaluation_efficiency = sys.modules['pyterrier_mech.evaluation.efficiency']
 
@@ -92,11 +93,12 @@ def described_as(model_type, **changes):
 def load_names_as(monkeypatch, toys):
     """Has names that are no folder loaded by the functions of `toys`; what is registered meanwhile is forgotten."""
     for function, toy in toys.items():
+        room = ranker if hasattr(ranker, function) else folders
 
-        def load(name, *args, real=getattr(ranker, function), toy=toy, **settings):
+        def load(name, *args, real=getattr(room, function), toy=toy, **settings):
             return (real if Path(name).is_dir() else toy)(name, *args, **settings)
 
-        monkeypatch.setattr(ranker, function, load)
+        monkeypatch.setattr(room, function, load)
     monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
 
 

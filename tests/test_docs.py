@@ -1,9 +1,11 @@
 """The documentation builds, its code is right, and the example script runs."""
 
+import ast
 import re
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import inside
 import matplotlib
@@ -26,6 +28,15 @@ PARTS = {
     for name in re.findall(r'^\.\. include:: (\S+)\.rst$', (DOCS / f'{file}.rst').read_text(encoding='utf-8'), re.M)
 }
 PAGES = [file for file in FILES if file not in PARTS]
+
+# What the bi-encoders among the fakes state.
+SIDECARS = {
+    'modules.json': [
+        {'type': 'sentence_transformers.models.Transformer', 'path': ''},
+        {'type': 'sentence_transformers.models.Pooling', 'path': '1_Pooling'},
+    ],
+    '1_Pooling/config.json': {'pooling_mode_mean_tokens': True},
+}
 
 _BLOCK = re.compile(
     r'^(?P<indent> *)\.\. code-block:: (?P<language>\S+)\n'
@@ -86,18 +97,18 @@ def world(tmp_path, monkeypatch):
     def load_module(name, *, classifier, dtype, device):
         return toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
 
-    sidecars = {
-        'modules.json': [{'type': 'models.Transformer', 'path': ''}, {'type': 'models.Pooling', 'path': '1_Pooling'}],
-        '1_Pooling/config.json': {'pooling_mode_mean_tokens': True},
-    }
+    def load_json(name, file):
+        return SIDECARS.get(file) if name.startswith('sentence-transformers/') else None
+
     toys = {
         'load_module': load_module,
         'load_config': lambda name: module.config,
         'load_tokenizer': lambda name: tokenizer,
-        'load_json': lambda name, file: sidecars.get(file),
+        'load_json': load_json,
     }
     inside.load_names_as(monkeypatch, toys)
-    yield tmp_path
+    with patch.dict(inside.PLACES), patch.dict(inside.READOUTS):  # what a page adds is forgotten
+        yield tmp_path
     plt.close('all')
 
 
@@ -123,6 +134,9 @@ def test_no_block_is_overlooked():
     for page in FILES:
         assert len(blocks(page)) == (DOCS / f'{page}.rst').read_text(encoding='utf-8').count('.. code-block::')
     assert {page for page in PAGES if python_blocks(page)} == set(PAGES)
+    for page in PAGES:
+        for line, _, options, _ in python_blocks(page):
+            assert ':class: executed' in options or 'Java' in options or 'network' in options, f'{page}.rst:{line}'
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -153,6 +167,28 @@ def test_ranker_page_names_every_family():
         assert engine in row, f'rankers.rst does not say that {model_type} is patched by {engine}'
 
 
+def test_internals_name_every_room_and_count_the_exercises_as_they_are():
+    text = (DOCS / 'internals.rst').read_text(encoding='utf-8')
+    rooms = {path.stem for path in DOCS.parent.glob('*') if path.suffix == '.py' or (path / '__init__.py').exists()}
+    assert not [
+        room for room in rooms - {'__init__'} if f'``{room}``' not in text and f'pyterrier_mech.{room}``' not in text
+    ]
+    exercises = Path(__file__).parent / 'anatomy' / 'test_exercises.py'
+    source = exercises.read_text(encoding='utf-8')
+    statements = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Assign, ast.ClassDef, ast.Expr))
+    ]
+    segments = [ast.get_source_segment(source, node) for node in statements]
+    for starts in [
+        ('NOMIC = ', 'register_family(NOMIC'),
+        ('monkeypatch.setitem(PLACES',),
+        ('class Last', 'monkeypatch.setitem(READ'),
+    ]:
+        parts = [segment for segment in segments if segment.startswith(starts)]
+        lines = sum(bool(line.strip()) for part in parts for line in part.split('\n'))
+        assert len(parts) == len(starts) and f'\n     - {lines}\n     - ``anatomy/' in text, (starts, lines)
+
+
 def test_schematic_is_what_the_pipeline_gives(world):
     namespace = {}
     line, _, _, source = python_blocks('index')[0]
@@ -180,7 +216,7 @@ def heat_map(*arguments):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('bi', [[], ['--bi']])
+@pytest.mark.parametrize('bi', [[], ['--bi', '--model', 'sentence-transformers/all-MiniLM-L6-v2']])
 def test_heat_map_script(world, bi, capsys):
     heat_map('--index', 'my-index.pisa', '--dataset', 'irds:any', '--axiom', 'TFC1', '--out', 'out.png', *bi)
     assert (world / 'out.png').stat().st_size
@@ -193,6 +229,7 @@ def test_heat_map_script(world, bi, capsys):
         (['--index', 'nowhere', '--dataset', 'irds:any'], 'nowhere'),
         (['--index', 'my-index.pisa'], '--dataset'),
         (['--index', 'my-index.pisa', '--dataset', 'irds:any', '--topics', '0'], '--topics'),
+        (['--index', 'my-index.pisa', '--dataset', 'irds:any', '--bi'], 'pooling'),
     ],
 )
 def test_heat_map_script_says_what_is_wrong(world, arguments, message, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pyterrier as pt
 import pytest
+import torch
 from toys import QUERIES, TEXTS, frame_of, pairs, reference, toy_cross_encoder, toy_module
 
 from pyterrier_mech import AblatedReranker, AblateHeads, CrossEncoder, PatchedReranker, PatchHeads
@@ -46,6 +47,22 @@ def test_ablate_heads(name):
     expected = AblateHeads(toy_cross_encoder(), **{**settings, name: changed})(frame)
     assert list(stage(frame).columns) == list(expected.columns)
     np.testing.assert_allclose(stage(frame).L1H1, expected.L1H1, atol=1e-12)
+
+
+@pytest.mark.parametrize('change', ['weights', 'hook'])
+def test_reference_values_follow_the_model(change):
+    model, frame = toy_cross_encoder(fresh=True), frame_of(4)
+    stage = AblatedReranker(model, ['L1H0', 'L1H1'], value='mean', reference=reference())
+    before = stage(frame).score.to_numpy()
+    value = model.model.bert.encoder.layer[1].attention.self.value
+    if change == 'weights':
+        with torch.no_grad():
+            value.weight *= 3
+    else:
+        value.register_forward_hook(lambda _, args, output: output * 3)
+    fresh = AblatedReranker(model, ['L1H0', 'L1H1'], value='mean', reference=reference())
+    assert np.abs(fresh(frame).score - before).max() > 1e-6
+    np.testing.assert_allclose(stage(frame).score, fresh(frame).score, atol=1e-12)
 
 
 def test_max_length_tokenizer_and_label_of_a_ranker():

@@ -171,6 +171,11 @@ class ModelMap:
         """Returns why the parts of the layers must not be computed with directly, or ''; asked anew at each call."""
         return why_not_plain(self.module, self.family, self.layers)
 
+    def version(self) -> tuple[Any, ...]:
+        """Returns a value that changes when weights are edited in place, replaced or adapted, or hooks are added."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return (*((part.data_ptr(), part._version) for part in tensors), self.why_not_plain())
+
     # -- runs
 
     def run(

@@ -25,7 +25,7 @@ FILES = {
     'heads.png': 'the heat maps: how much of the score change each attention head carries',
     'effects.parquet': 'one row a query, document and axiom: texts, scores, and the effect of every head in logits',
     'tables.txt': 'the tables that the demo printed',
-    'pruned/': 'MiniLM with half of its operations removed: PrunedReranker(folder) re-ranks with it',
+    'pruned/': 'MiniLM with half of its operations removed: PrunedReranker.load(folder) re-ranks with it',
 }
 
 

@@ -35,12 +35,12 @@ class Ablation(ModelStage):
         check_value(self.value, self.reference, self.text)
 
     def _replacement(self, chosen: Units) -> Replacement:
-        """Returns what replaces some units; made once for the settings that it depends on."""
+        """Returns what replaces some units; made once for the settings and the weights that it depends on."""
 
         def make() -> Replacement:
             return Replacement(self.model, chosen, self.value, self.reference, self.seed, self.text)
 
-        return self.cached('replacement', (self.key(), chosen), make)
+        return self.cached('replacement', (self.key(), chosen, self.model.map.version()), make)
 
 
 @dataclass(eq=False, repr=False)

@@ -48,8 +48,9 @@ class PatchHeads(Keeping, ModelStage):
             head of the original, and a column holds patched score − score_perturbed.
         effect: 'difference', or 'normalized': divided by the whole score change in the patching direction; NaN where
             there is none. For one row only: `HeadEffects` wants differences.
-        filler: Token that stands where one side has none; 'mask' hides these positions from attention instead; None
-            marks pairs of unequal length as not patchable.
+        filler: Token that stands where one side has none; 'mask' hides these positions from attention instead, so that
+            `score_original` is the score of the plain text, unless one of the texts is truncated; None marks pairs of
+            unequal length as not patchable.
         batch_tokens: Tokens in memory at a time, over all patched variants; by default as the model has it. Peak
             memory grows with this number and with the layers times the tokens of one batch of pairs.
         text_field: Column of the text; by default as the model has it.

@@ -54,7 +54,17 @@ class CrossEncoder(Ranker):
         return READOUTS[pooling if '.' not in pooling else attrgetter(pooling)(self.map.module)]
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns the relevance logits [...] of vectors [..., d]."""
+        """Returns the relevance logits [...] of vectors [..., d].
+
+        Raises:
+            ValueError: If something acts on the whole module, whose own forward is not called here.
+        """
+        whole = vars(self.map.module)
+        if whole['_forward_hooks'] or whole['_forward_pre_hooks'] or ('forward' in whole and '_hf_hook' not in whole):
+            raise ValueError(
+                'hooks and forwards of the whole classification module are not run here: put them on its base_model, '
+                'or on the parts of its head'
+            )
         return self.map.family.classify(self.map.module, vectors[0])[..., self._relevance]
 
     @property

@@ -65,6 +65,10 @@ class Ranker(Stage):
     verbose: bool = False
     _carried: Stated | None = field(default=None, init=False)
 
+    def key(self) -> tuple[Any, ...]:
+        """Returns everything that the result depends on."""
+        return (*super().key(), self._carried)
+
     # -- the stage
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:

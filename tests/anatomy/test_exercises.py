@@ -1,6 +1,5 @@
 """What carries the map: a family, a site and a read-out are added here, by description, and every analysis has them."""
 
-
 import numpy as np
 import oracles
 import pytest

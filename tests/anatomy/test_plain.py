@@ -202,3 +202,10 @@ def test_a_custom_attention_kernel_is_obeyed():
     expected = plain_scores(module, tokenizer)
     assert np.abs(before - expected).max() > 1e-4
     np.testing.assert_allclose(model.score(*PAIRS), expected, atol=1e-10, rtol=0)
+
+
+def test_a_hook_on_the_whole_classification_module_is_refused():
+    module, tokenizer = toy_module('bert', fresh=True)
+    module.register_forward_hook(lambda _, args, output: output)
+    with pytest.raises(ValueError, match='of the whole classification module are not run here'):
+        CrossEncoder(module, tokenizer=tokenizer).score(*PAIRS)

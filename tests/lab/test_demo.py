@@ -35,7 +35,7 @@ def test_the_demo_runs_and_writes_what_it_says(few_topics, tmp_path):
     assert set(effects.axiom) == {'TDC', 'TFC1'} and len(effects) == 16
     assert np.isfinite(effects.filter(regex=r'^L\d+H\d+$')).all(axis=None)
     # MiniLM with half of its operations is there, has seen every other topic, and ranks.
-    lab, pruned = LabDataset(), PrunedReranker(tmp_path / 'pruned')
+    lab, pruned = LabDataset(), PrunedReranker.load(tmp_path / 'pruned')
     assert pruned.qids_ == sorted(few_topics.head(8).qid[::2])
     assert 0.4 < pruned.plan_.settings['kept_share'] <= 0.5
     assert pruned.model_.head_counts == [len(heads) for heads in pruned.plan_.heads]
