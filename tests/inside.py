@@ -49,7 +49,7 @@ from pyterrier_mech.prune.plans.planning import check_budget  # noqa: F401
 from pyterrier_mech.prune.protocol import check_step as check_needs  # noqa: F401
 from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives  # noqa: F401
 from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
-from pyterrier_mech.rankers import folders, ranker
+from pyterrier_mech.rankers import folders, loading
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
@@ -93,7 +93,7 @@ def described_as(model_type, **changes):
 def load_names_as(monkeypatch, toys):
     """Has names that are no folder loaded by the functions of `toys`; what is registered meanwhile is forgotten."""
     for function, toy in toys.items():
-        room = ranker if hasattr(ranker, function) else folders
+        room = folders if hasattr(folders, function) else loading
 
         def load(name, *args, real=getattr(room, function), toy=toy, **settings):
             return (real if Path(name).is_dir() else toy)(name, *args, **settings)

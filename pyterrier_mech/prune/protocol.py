@@ -10,11 +10,7 @@ from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker
 
-_WHAT = {
-    'text': 'queries and texts',
-    'text_0': 'a second version of each text',
-    'qrels': 'judgements',
-}
+_WHAT = {'text': 'queries and texts', 'text_0': 'a second version of each text', 'qrels': 'judgements'}
 _WAYS_OUT = {
     'text': 'fit on a result frame with texts, as in (bm25 % 50 >> text >> pruned).fit(topics, qrels, …)',
     'text_0': 'put Perturb(...) before the stage, or give perturbation=',

@@ -112,10 +112,8 @@ def _sign(analysis: Analysis) -> int:
 
 
 def _patchable(frame: pd.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
-    if 'patchable' not in frame.columns:
-        answers = pd.Series('yes', index=frame.index)
-    else:
-        answers = frame['patchable'].astype(object).fillna('no reason given').astype(str)
+    answers = frame['patchable'] if 'patchable' in frame.columns else pd.Series('yes', index=frame.index)
+    answers = answers.astype(object).fillna('no reason given').astype(str)
     patchable = (answers == 'yes').to_numpy()
     reasons = {str(reason): int(n) for reason, n in answers[~patchable].value_counts().sort_index().items()}
     if not patchable.any():

@@ -67,8 +67,7 @@ def aggregate(
 
 
 def _check(frame: pd.DataFrame, column: str, max_error: float | None) -> None:
-    missing = [name for name in ('qid', 'docno', column, _ERROR) if name not in frame.columns]
-    if missing:
+    if missing := [name for name in ('qid', 'docno', column, _ERROR) if name not in frame.columns]:
         raise ValueError(
             f'The frame has no {", ".join(map(repr, missing))}. Pass the whole frame that an AttributeNeurons stage '
             "returned; with by='token_type' name one of its columns, e.g. column='neurons.cls'."

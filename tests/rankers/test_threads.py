@@ -62,18 +62,18 @@ def test_dropout_stays_off_and_the_mode_comes_back():
 
 
 def test_a_lazy_ranker_loads_once(tmp_path, monkeypatch):
-    from pyterrier_mech.rankers import ranker
+    from pyterrier_mech.rankers import loading
 
     module, tokenizer = toy_module('bert')
     module.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loads, real = [], ranker.load_module
+    loads, real = [], loading.load_module
 
     def counted(*args, **kwargs):
         loads.append(threading.get_ident())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ranker, 'load_module', counted)
+    monkeypatch.setattr(loading, 'load_module', counted)
     model = CrossEncoder(str(tmp_path), device='cpu', dtype='float64')
     together(lambda: model.score(QUERIES[:1], TEXTS[:1]), times=8)
     assert len(loads) == 1
