@@ -94,18 +94,12 @@ def _check(effects: Any, k: Any, share: Any, roles: Any, neurons: Any) -> None:
         raise ValueError(f'k must be 1 or more; got k={k!r}')
     if share is not None and not 0 < share <= 1:
         raise ValueError(f'share must be above 0 and up to 1, such as 0.1; got share={share!r}')
-    missing = [] if roles is None else [name for name in ('layer', 'head', 'role') if name not in roles.columns]
-    if missing:
+    if missing := [name for name in ('layer', 'head', 'role') if roles is not None and name not in roles.columns]:
         raise ValueError(f'roles= has no {", ".join(map(repr, missing))}: give what head_roles(frame) returned')
 
 
 def _neurons(effects: NeuronEffects, p: float, scheme: str, fuse: str) -> pd.DataFrame:
     means, units = effects.mean(scheme), sorted(effects.top(p, scheme, fuse=fuse))
-    table = pd.DataFrame(
-        {
-            'name': [unit.name for unit in units],
-            'effect': [means[unit.site.layer, unit.index] for unit in units],
-            'role': scheme,
-        }
-    )
+    rows = [(unit.name, means[unit.site.layer, unit.index], scheme) for unit in units]
+    table = pd.DataFrame(rows, columns=['name', 'effect', 'role'])
     return table.sort_values('effect', ascending=False, kind='stable')

@@ -118,8 +118,7 @@ def _check(circuit: Any, frame: pd.DataFrame, n_random: int) -> None:
         )
     if n_random < 0:
         raise ValueError(f'n_random must be 0 or more; got {n_random!r}')
-    shared = sorted(as_qids(frame['qid']) & as_qids(circuit.qids)) if 'qid' in frame.columns else []
-    if shared:
+    if shared := sorted(as_qids(frame.get('qid', ())) & as_qids(circuit.qids)):
         raise ValueError(
             f'The circuit was found on {len(shared)} of the queries that it is judged on (first: {shared[0]!r}), which '
             "flatters it. Judge it on others: frame[~frame['qid'].isin(circuit.qids)]."
@@ -157,8 +156,6 @@ def _sets(
     for size in sizes:
         part = circuit.top(size).units
         rows.append({'size': size, 'kind': CIRCUIT, 'draw': 0})
-        sets.append(part)
-        for draw in range(n_random):
-            rows.append({'size': size, 'kind': RANDOM, 'draw': draw})
-            sets.append(Units.random(part, model, seed + draw))
+        rows += [{'size': size, 'kind': RANDOM, 'draw': draw} for draw in range(n_random)]
+        sets += [part, *(Units.random(part, model, seed + draw) for draw in range(n_random))]
     return rows, sets

@@ -107,9 +107,8 @@ class AttentionShares(Keeping, ModelStage):
             return [_flows(as_numpy(_masses(layer, x, context, groups))) for layer, x, context in layers]
 
         with model.computing():
-            for rows, layers in in_batches(
-                inputs.lengths, self.budget, step, verbose=self.shows, desc='AttentionShares'
-            ):
+            batches = in_batches(inputs.lengths, self.budget, step, verbose=self.shows, desc='AttentionShares')
+            for rows, layers in batches:
                 for layer, flows in enumerate(layers):
                     values[:, rows, layer, : flows.shape[2]] = flows / inputs.lengths[rows][:, None]
         return {SHARE + flow: list(value) for flow, value in zip(FLOWS, values, strict=True)}
@@ -149,17 +148,10 @@ def _masses(layer: Layer, x: torch.Tensor, context: Context, groups: torch.Tenso
 def _flows(masses: np.ndarray) -> np.ndarray:
     """From masses [rows, heads, groups, groups] to [flows, rows, heads]."""
     words, special = [_QUERY, _DOCUMENT], [_CLS, _SEP]
-    return np.stack(
-        [
-            masses[..., _QUERY, _QUERY],
-            masses[..., _DOCUMENT, _DOCUMENT],
-            masses[..., _QUERY, _DOCUMENT],
-            masses[..., _DOCUMENT, _QUERY],
-            masses[..., _CLS].sum(-1),
-            masses[..., _SEP].sum(-1),
-            masses[..., special, :][..., words].sum((-1, -2)),
-        ]
-    )
+    sources, targets = [*words, *words], [*words, *reversed(words)]
+    between_words = [masses[..., source, target] for source, target in zip(sources, targets, strict=True)]
+    to_special = [masses[..., group].sum(-1) for group in special]
+    return np.stack([*between_words, *to_special, masses[..., special, :][..., words].sum((-1, -2))])
 
 
 def _groups(inputs: Inputs, rows: np.ndarray) -> np.ndarray:
