@@ -120,8 +120,7 @@ def check_plain(model: Any) -> None:
     Raises:
         ValueError: If not.
     """
-    reason = model.map.why_not_plain()
-    if reason:
+    if reason := model.map.why_not_plain():
         raise ValueError(
             f'attention weights are made from the parts of the layers, but of {model!r} {reason}: describe the family '
             'with qkv= by pyterrier_mech.rankers.register_family(Family(...)) if it is plain attention; merge adapters '
