@@ -117,11 +117,8 @@ def _difference(baseline: np.ndarray, value: np.ndarray, options: Mapping[str, A
     difference = value - baseline
     low = high = np.full(2, np.nan)
     if np.isfinite(difference).all():
-        low, high = bootstrap_by_query(
-            lambda d, v, b, n: np.stack([d / n, v / b], axis=-1),
-            *(difference, value, baseline, np.ones(len(value))),
-            **options,
-        )
+        sums = (difference, value, baseline, np.ones(len(value)))
+        low, high = bootstrap_by_query(lambda d, v, b, n: np.stack([d / n, v / b], axis=-1), *sums, **options)
     mean = baseline.mean()
     t, p, d_z = _paired_t(baseline, value)
     return {

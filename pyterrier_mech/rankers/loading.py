@@ -20,12 +20,8 @@ from pyterrier_mech.anatomy.families import family_of
 from pyterrier_mech.anatomy.resizing import keep_units
 from pyterrier_mech.units import KINDS
 
-DTYPES = {
-    'float32': torch.float32,
-    'float64': torch.float64,
-    'bfloat16': torch.bfloat16,
-    'float16': torch.float16,
-    'tf32': torch.float32,
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')} | {
+    'tf32': torch.float32
 }
 
 
