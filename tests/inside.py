@@ -232,7 +232,7 @@ def ablation_types(model, frame):
 
 def never_evaluate(monkeypatch, refuse):
     """Has `refuse` called where `compare` begins to work."""
-    monkeypatch.setattr(comparison, 'values_of_queries', refuse)
+    monkeypatch.setattr(comparison.reading, 'values_of_queries', refuse)
 
 
 def replace_clock(monkeypatch, now, score):

@@ -24,19 +24,11 @@ from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage
 from pyterrier_mech.units import HEADS, Site, head
 
-FLOWS = (
-    'query_to_query',
-    'document_to_document',
-    'query_to_document',
-    'document_to_query',
-    'to_cls',
-    'to_sep',
-    'special_to_words',
-)
+_WORDS = ('query_to_query', 'document_to_document', 'query_to_document', 'document_to_query')
+FLOWS = (*_WORDS, 'to_cls', 'to_sep', 'special_to_words')
 ROLES = ('query-focused', 'document-focused', 'matching', 'special-token', 'mixed')
 SHARE, EXPECTED, ODDS = 'attention.', 'expected.', 'odds.'
 
-_WORDS = FLOWS[:4]
 _CLS, _QUERY, _SEP, _DOCUMENT = range(4)
 _GROUP_OF = {'cls': _CLS, 'query': _QUERY, 'sep': _SEP, 'doc_match': _DOCUMENT, 'doc_other': _DOCUMENT}
 # Which words look above expectation where: any other set of flows has no name.
@@ -120,8 +112,7 @@ def check_plain(model: Any) -> None:
     Raises:
         ValueError: If not.
     """
-    reason = model.map.why_not_plain()
-    if reason:
+    if reason := model.map.why_not_plain():
         raise ValueError(
             f'attention weights are made from the parts of the layers, but of {model!r} {reason}: describe the family '
             'with qkv= by pyterrier_mech.rankers.register_family(Family(...)) if it is plain attention; merge adapters '

@@ -116,17 +116,10 @@ def efficiency(
         peaks = {name: run.peak_mb() for name, run in passes.items()}
         seconds = _take_turns(passes, repeats)
         for name, ranker in sides.items():
-            rows.append(
-                {
-                    'ranker': name,
-                    'batch_size': size,
-                    **{size.__name__: size(ranker) for size in (parameters, encoder_parameters, weight_mb)},
-                    'flops': flops[name],
-                    'ms': float(np.median(seconds[name])) * 1000 / len(frame),
-                    'peak_mb': peaks[name],
-                    **_ratios(name, sides, flops, seconds),
-                }
-            )
+            row: dict[str, Any] = {'ranker': name, 'batch_size': size}
+            row |= {count.__name__: count(ranker) for count in (parameters, encoder_parameters, weight_mb)}
+            row |= {'flops': flops[name], 'ms': float(np.median(seconds[name])) * 1000 / len(frame)}
+            rows.append({**row, 'peak_mb': peaks[name], **_ratios(name, sides, flops, seconds)})
     return pd.DataFrame(rows).astype({'batch_size': 'Int64'})
 
 

@@ -68,8 +68,7 @@ def _content(row: Any) -> tuple[list[str], np.ndarray]:
         if len(row) != 1:
             raise ValueError(f'A frame of {len(row)} rows is not one row: give e.g. res.iloc[0]')
         row = row.iloc[0]
-    missing = [name for name in ('tokens', 'token_effects') if name not in row]
-    if missing:
+    if missing := [name for name in ('tokens', 'token_effects') if name not in row]:
         raise ValueError(f'The row has no {", ".join(map(repr, missing))}: give one that AttributeTokens returned')
     words, effects = [str(word) for word in row['tokens']], np.asarray(row['token_effects'], dtype=np.float64)
     if not words or effects.shape != (len(words),) or not np.isfinite(effects).all():

@@ -20,12 +20,8 @@ from pyterrier_mech.anatomy.families import family_of
 from pyterrier_mech.anatomy.resizing import keep_units
 from pyterrier_mech.units import KINDS
 
-DTYPES = {
-    'float32': torch.float32,
-    'float64': torch.float64,
-    'bfloat16': torch.bfloat16,
-    'float16': torch.float16,
-    'tf32': torch.float32,
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')} | {
+    'tf32': torch.float32
 }
 
 
@@ -96,8 +92,7 @@ def load_config(name: str) -> Any:
         FileNotFoundError: If there is no such folder and no such model on the hub.
         ValueError: If there is an adapter to another model.
     """
-    adapter = load_json(name, ADAPTER)
-    if adapter is not None:
+    if (adapter := load_json(name, ADAPTER)) is not None:
         raise ValueError(
             f'{name!r} holds an adapter of {adapter.get("base_model_name_or_path")!r} ({ADAPTER}): load it with peft, '
             'call merge_and_unload() and save_pretrained(folder), and give that folder or the merged module'
@@ -126,8 +121,7 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
     config = load_config(name)
     family_of(config.model_type)
     auto = AutoModelForSequenceClassification if classifier else AutoModel
-    counts = kept_counts(name)
-    if counts is not None:
+    if (counts := kept_counts(name)) is not None:
         return _load_pruned(name, auto, config, counts, dtype).to(device).eval()
     module, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     # A pooler that the checkpoint lacks is read by no bi-encoder.

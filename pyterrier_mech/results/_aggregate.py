@@ -52,15 +52,9 @@ def aggregate(frame: pd.DataFrame, **options: Any) -> tuple[pd.DataFrame, dict[s
 
     ratio = ratio_of_sums(effects, _sign(analysis) * delta, qids, **options)
     mean = ratio_of_sums(effects, 1, qids, **options)
-    table = pd.DataFrame(
-        {
-            'layer': [head.site.layer for head in heads],
-            'head': [head.index for head in heads],
-            'name': [head.name for head in heads],
-            **dict(zip(['ratio', 'ratio_low', 'ratio_high', 'n', 'n_queries'], ratio, strict=True)),
-            **dict(zip(['mean', 'mean_low', 'mean_high'], mean, strict=False)),
-        }
-    )[list(COLUMNS)]
+    table = pd.DataFrame([(head.site.layer, head.index, head.name) for head in heads], columns=list(KEYS))
+    table = table.assign(**dict(zip(['ratio', 'ratio_low', 'ratio_high', 'n', 'n_queries'], ratio, strict=True)))
+    table = table.assign(**dict(zip(['mean', 'mean_low', 'mean_high'], mean, strict=False)))[list(COLUMNS)]
     total = delta.sum()
     cancelled = vanishes(total, np.abs(delta).sum())
     summary = {

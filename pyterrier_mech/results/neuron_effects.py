@@ -9,7 +9,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech.provenance import as_qids
-from pyterrier_mech.results._schemes import DATASET, GROUPS, KEYS, SCHEME, aggregate
+from pyterrier_mech.results._schemes import DATASET, GROUPS, KEYS, SCHEME, aggregate, labels_of, sorted_rows
 from pyterrier_mech.saving import SavedResult
 from pyterrier_mech.units import Units
 
@@ -78,9 +78,8 @@ class NeuronEffects(SavedResult):
         Raises:
             ValueError: If columns are missing, arrays differ in shape, a pair has two labels, or no pair is left.
         """
-        tables = aggregate(
-            frame, qrels, dataset, min_rel=min_rel, unjudged=unjudged, max_error=max_error, column=column
-        )
+        rows = sorted_rows(frame, column, max_error)
+        tables = aggregate(rows, labels_of(rows, qrels, unjudged), dataset, column, min_rel, max_error)
         return cls(pt.Artifact.NO_PATH, tables=tables, summary={'qids': sorted(as_qids(frame['qid']))})
 
     @classmethod
