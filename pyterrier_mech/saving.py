@@ -105,9 +105,8 @@ class SavedResult(pt.Artifact):
 
     def _read(self, path: Path) -> tuple[Tables, dict[str, Any]]:
         name = type(self).__name__
-        if not path.exists() and path.parent.is_dir():
-            with _held(path.parent):
-                _tidy(path)
+        if not path.exists():
+            _tidy(path)
         if not path.exists():
             raise FileNotFoundError(f'There is no {str(path)!r}. Make it with {self.MADE_BY}.save(path).')
         meta = read_meta(path)
