@@ -15,7 +15,7 @@ from pyterrier_mech.frames import Fields, two_versions
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.pairs import reasons
-from pyterrier_mech.patch.replacement import check_value
+from pyterrier_mech.patch.replacement import Replacement, check_value
 from pyterrier_mech.provenance import as_qids
 from pyterrier_mech.results.circuit import Circuit
 from pyterrier_mech.units import HEADS, Units
@@ -89,7 +89,11 @@ def faithfulness(
 
     # Each set once: all random sets of size 0 are the same one.
     sets = list(dict.fromkeys([Units(), *inside, *(every - units for units in inside)]))
-    scores = ablated_scores(model, pairs, original, sets, value, reference, seed, text)
+
+    def made(units: Units) -> Replacement:
+        return Replacement(model, units, value, reference, seed, text)
+
+    scores = ablated_scores(model, pairs, original, sets, made)
     changes = dict(zip(sets, np.asarray(scores[:, 1] - scores[:, 0], dtype=np.float64), strict=True))
     remaining = np.stack([changes[every - units] for units in inside] + [changes[units] for units in inside])
     qids = frame['qid'].astype(str).to_numpy()[pairs.good]

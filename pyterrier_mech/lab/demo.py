@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +88,13 @@ def build_index(dataset: LabDataset, folder: str) -> Any:
 @contextmanager
 def _without_native_output() -> Iterator[None]:
     """Hides what native code prints, which goes past Python's own streams."""
-    saved = [os.dup(1), os.dup(2)]
-    hidden = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(hidden, 1)
-        os.dup2(hidden, 2)
+    with ExitStack() as undone, open(os.devnull, 'w') as hidden:
+        for stream in (1, 2):
+            saved = os.dup(stream)
+            undone.callback(os.close, saved)
+            undone.callback(os.dup2, saved, stream)
+            os.dup2(hidden.fileno(), stream)
         yield
-    finally:
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for descriptor in (*saved, hidden):
-            os.close(descriptor)
 
 
 def experiment(dataset: LabDataset, bm25: pt.Transformer, model: pt.Transformer, edits: Systems) -> pd.DataFrame:

@@ -118,10 +118,8 @@ class Circuit(SavedResult):
     def __repr__(self) -> str:
         """Tells what it has and how many queries it was found on."""
         heads = self._tables['heads']
-        names = [
-            row['name'] + ('' if row['role'] == UNKNOWN else f' ({row["role"]})')
-            for row in heads.head(5).to_dict('records')
-        ]
+        first = heads.head(5)[['name', 'role']].itertuples(index=False)
+        names = [name if role == UNKNOWN else f'{name} ({role})' for name, role in first]
         more = ', …' if len(heads) > 5 else ''
         shown = f': {", ".join(names)}{more}' if names else ''
         return (
