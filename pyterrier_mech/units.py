@@ -205,7 +205,7 @@ class Units(frozenset[Unit]):
         for kind in {unit.site.kind for unit in self}:
             counts = model.counts(kind)
             for unit in sorted(self.of_kind(kind)):
-                if unit.index >= counts.get(unit.site, 0):
+                if not 0 <= unit.index < counts.get(unit.site, 0):
                     there = list(counts.values())
                     raise ValueError(f'{unit.name}: {model!r} does not have it; it has {there} {kind}, layer by layer')
         return self

@@ -49,15 +49,20 @@ def test_ablate_heads(name):
     np.testing.assert_allclose(stage(frame).L1H1, expected.L1H1, atol=1e-12)
 
 
-@pytest.mark.parametrize('change', ['weights', 'hook'])
+@pytest.mark.parametrize('change', ['weights', 'data', 'hook', 'another hook'])
 def test_reference_values_follow_the_model(change):
     model, frame = toy_cross_encoder(fresh=True), frame_of(4)
     stage = AblatedReranker(model, ['L1H0', 'L1H1'], value='mean', reference=reference())
-    before = stage(frame).score.to_numpy()
     value = model.model.bert.encoder.layer[1].attention.self.value
+    first = value.register_forward_hook(lambda _, args, output: output * 2) if change == 'another hook' else None
+    before = stage(frame).score.to_numpy()
+    if first is not None:
+        first.remove()
     if change == 'weights':
         with torch.no_grad():
             value.weight *= 3
+    elif change == 'data':
+        value.weight.data *= 3
     else:
         value.register_forward_hook(lambda _, args, output: output * 3)
     fresh = AblatedReranker(model, ['L1H0', 'L1H1'], value='mean', reference=reference())

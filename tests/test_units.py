@@ -8,6 +8,7 @@ import pytest
 from toys import minilm_path, toy_cross_encoder
 
 from pyterrier_mech import CrossEncoder, Units
+from pyterrier_mech.units import head
 
 
 class WithUnits:
@@ -79,6 +80,7 @@ def test_the_complement_is_everything_else():
         ('L1H4', r'L1H4: .* does not have it; it has \[4, 4\] heads'),
         ('L2H0', r'L2H0: .* does not have it; it has \[4, 4\] heads'),
         ('L0N48', r'L0N48: .* does not have it; it has \[48, 48\] neurons'),
+        (head(0, -1), r'L0H-1: .* does not have it; it has \[4, 4\] heads'),
     ],
 )
 def test_a_unit_that_the_model_has_not_is_named_with_the_counts(unit, message):

@@ -7,6 +7,7 @@ is read, the last layer is computed for that token alone.
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -169,12 +170,17 @@ class ModelMap:
 
     def why_not_plain(self) -> str:
         """Returns why the parts of the layers must not be computed with directly, or ''; asked anew at each call."""
-        return why_not_plain(self.module, self.family, self.layers)
+        with self.lock():  # or the hooks of a run in another thread would be seen
+            return why_not_plain(self.module, self.family, self.layers)
 
     def version(self) -> tuple[Any, ...]:
-        """Returns a value that changes when weights are edited in place, replaced or adapted, or hooks are added."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return (*((part.data_ptr(), part._version) for part in tensors), self.why_not_plain())
+        """Returns a value that changes when weights are edited, also by `.data`, replaced or adapted."""
+        return tuple(float(part.detach().sum()) for part in self.module.state_dict().values())
+
+    def copied(self) -> Any:
+        """Returns a copy of the module, without the hooks of a run in another thread."""
+        with self.lock(), torch.inference_mode(False):
+            return copy.deepcopy(self.module)
 
     # -- runs
 

@@ -57,7 +57,7 @@ def ablated_scores(
 
     lengths = inputs.lengths[inputs.good] + replacement.lengths(read)
     with model.computing():
-        return collected(lengths, model.budget, step, verbose=model.verbose, desc='faithfulness')
+        return model.finite(collected(lengths, model.budget, step, verbose=model.verbose, desc='faithfulness'))
 
 
 def _kept(values: Asked) -> Asked:

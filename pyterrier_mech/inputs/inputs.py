@@ -180,13 +180,12 @@ class Inputs:
         if model.maker.uses_segments:
             inputs['token_type_ids'] = torch.from_numpy(segments).to(device)
         if int(mask.sum()) != int(lengths.sum()):
-            numbered = (inputs['attention_mask'].cumsum(1) - 1).clamp(min=0)
-            inputs['position_ids'] = numbered + first_position(model.map.base.config)
-        scored, skipped = inputs['attention_mask'], model.unscored(self.towers[tower].fields)
-        if skipped:
-            scored = scored.clone()
-            scored[:, :skipped] = 0
-        return Batch(inputs, scored)
+            first, counted = first_position(model.map.base.config), inputs['attention_mask']
+            if first:  # such models do not count padding tokens, wherever they stand
+                counted = counted * (inputs['input_ids'] != first - 1)
+            inputs['position_ids'] = (counted.cumsum(1) * counted - 1 + first).clamp(min=0)
+        shown = inputs['attention_mask']
+        return Batch(inputs, shown * (shown.cumsum(1) > model.unscored(self.towers[tower].fields)))
 
     def types(self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True) -> np.ndarray:
         """Returns the position types of one tower of some rows as places in `TYPES`, -1 for padding, [rows, tokens]."""

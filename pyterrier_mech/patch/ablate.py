@@ -40,7 +40,12 @@ class Ablation(ModelStage):
         def make() -> Replacement:
             return Replacement(self.model, chosen, self.value, self.reference, self.seed, self.text)
 
-        return self.cached('replacement', (self.key(), chosen, self.model.map.version()), make)
+        model, score = self.model, b''
+        if self.value != 'zero' and self.reference is not None:
+            # What leaves the weights as they are, such as a hook or an adapter that is switched off, shows in a score.
+            row = self.reference.iloc[:1]
+            score = model.score(row['query'], row[self.text]).tobytes()
+        return self.cached('replacement', (self.key(), chosen, model.map.version(), score), make)
 
 
 @dataclass(eq=False, repr=False)

@@ -6,7 +6,6 @@ Removing a head or a neuron leaves exactly what setting its output to zero leave
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def prune_units(model: Ranker, heads: Sequence[Sequence[int]], neurons: Sequence
         ValueError: If units cannot be removed from the model, or it has no such units.
     """
     check_prunable(model)
-    module = copy.deepcopy(model.map.module)
+    module = model.map.copied()
     keep_units(module, heads, neurons)
     return model.around(module)
 

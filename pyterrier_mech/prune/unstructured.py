@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,7 +45,7 @@ def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = Non
     check_prunable(model)
     if scores is not None:
         scores.check(model)
-    copied = model.around(copy.deepcopy(model.map.module))
+    copied = model.around(model.map.copied())
     heads = _importance(None if scores is None else scores.heads, list(model.counts(HEADS).values()))
     neurons = _importance(None if scores is None else scores.neurons, list(model.counts(NEURONS).values()))
     parts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,9 @@ from pyterrier_mech.stage import Stage
 from pyterrier_mech.units import HEADS, NEURONS, Site
 
 Edits = Mapping[Site, Edit]
+
+_tf32_lock = threading.Lock()
+_tf32_found: list[bool] = []
 
 
 @dataclass(eq=False, repr=False)
@@ -272,7 +276,9 @@ class Ranker(Stage):
     def _load(self) -> ModelMap:
         if self._by_name:
             dtype, device = loading.dtype_of(self.dtype), loading.device_of(self.device)
-            return ModelMap(loading.load_module(self._name, classifier=self.classifier, dtype=dtype, device=device))
+            # Weights that are made in inference mode have no gradients for ever after.
+            with torch.inference_mode(False):
+                return ModelMap(loading.load_module(self._name, classifier=self.classifier, dtype=dtype, device=device))
         loading.check_module(self.model)
         # TF32 is a way to compute, not a type that the module would have to be converted to.
         if self.device is not None or self.dtype not in (None, 'tf32'):
@@ -329,9 +335,14 @@ def _tf32(on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    # Runs of several modules may overlap in threads: the last to end restores what the first has found.
+    with _tf32_lock:
+        _tf32_found.append(_tf32_found[0] if _tf32_found else matmul.allow_tf32)
+        matmul.allow_tf32 = True
     try:
-        torch.backends.cuda.matmul.allow_tf32 = True
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        with _tf32_lock:
+            found = _tf32_found.pop()
+            matmul.allow_tf32 = bool(_tf32_found) or found

@@ -39,6 +39,15 @@ def change(model, units, rows):
     return stage.score(queries, rows['text'].tolist()) - stage.score(queries, filled)
 
 
+def test_a_row_without_a_score_is_not_left_out_silently():
+    model, rows = toy_cross_encoder('bert', fresh=True), frame()
+    word = model.tokenizer.convert_tokens_to_ids('yeast')
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[word] = np.nan
+    with pytest.raises(ValueError, match='scores are not finite'):
+        faithfulness(model, Circuit.from_units(['L1H2']), rows, value='zero', n_random=0)
+
+
 # -- numbers
 
 

@@ -1,5 +1,6 @@
 """PatchHeads against hooks on the unmodified module, one full forward a head."""
 
+import copy
 import functools
 import logging
 
@@ -21,6 +22,7 @@ from toys import (
     real_pairs,
     toy_bi_encoder,
     toy_cross_encoder,
+    toy_module,
     unpatchable_pairs,
     with_heads,
 )
@@ -96,6 +98,24 @@ def test_mask_filler_reads_the_plain_texts():
             np.testing.assert_allclose(res[column], model.score(list(frame['query']), list(frame[text])), atol=1e-12)
     alone = PatchHeads(model, filler='mask')(frame.iloc[4:5])
     np.testing.assert_allclose(effects_of(alone), effects_of(res)[4:5], atol=1e-12)
+
+
+def test_mask_filler_numbers_positions_as_the_model_does():
+    """RoBERTa does not count padding tokens; here the separator is one."""
+    module, tokenizer = toy_module('roberta', pad_token_id=2)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    model, frame = CrossEncoder(module, tokenizer=tokenizer), pairs(8)
+    res = PatchHeads(model, filler='mask')(frame)
+    np.testing.assert_allclose(res['score_original'], model.score(frame['query'], frame['text_0']), atol=1e-12)
+
+
+def test_mask_filler_leaves_the_same_tokens_out_of_the_mean():
+    """The space of the prompt joins the first word, which is left out, as in sentence-transformers."""
+    model, frame = toy_bi_encoder('roberta'), pairs(8)
+    model._carried = inside.Stated(text_prompt='dough ', pooling='mean', include_prompt=False)
+    res = PatchHeads(model, filler='mask')(frame)
+    np.testing.assert_allclose(res['score_original'], model.score(frame['query'], frame['text_0']), atol=1e-12)
 
 
 @pytest.mark.parametrize('layer', [0, 1])

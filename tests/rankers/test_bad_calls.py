@@ -100,6 +100,17 @@ def test_what_the_caller_has_set_does_not_reach_in(around):
         np.testing.assert_allclose(found.L1H1, expected.L1H1, atol=1e-7)
 
 
+def test_a_ranker_that_is_first_used_in_inference_mode(tmp_path):
+    module, tokenizer = toy_module('bert')
+    module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = CrossEncoder(str(tmp_path), device='cpu', dtype='float64')
+    with torch.inference_mode():
+        model.score(QUERIES, TEXTS)
+    expected = AttributeHeads(CrossEncoder(module, tokenizer=tokenizer))(pairs(3))
+    np.testing.assert_allclose(AttributeHeads(model)(pairs(3)).L1H1, expected.L1H1, atol=1e-10)
+
+
 def test_a_configuration_that_returns_tuples():
     module, tokenizer = toy_module('bert', fresh=True)
     expected = PatchHeads(CrossEncoder(module, tokenizer=tokenizer))(pairs(3))

@@ -2,12 +2,18 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
+import torch
+from inside import Site, tf32
 from toys import QUERIES, TEXTS, pairs, toy_bi_encoder, toy_cross_encoder, toy_module
 
 from pyterrier_mech import AblatedReranker, AttributeHeads, BiEncoder, CrossEncoder, PatchHeads
+from pyterrier_mech.prune import prune_units
+
+ALL = [[range(4)] * 2, [range(48)] * 2]
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*cannot be patched')
 
@@ -77,3 +83,31 @@ def test_a_lazy_ranker_loads_once(tmp_path, monkeypatch):
     model = CrossEncoder(str(tmp_path), device='cpu', dtype='float64')
     together(lambda: model.score(QUERIES[:1], TEXTS[:1]), times=8)
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize('work', [lambda model: model.map.why_not_plain(), lambda model: prune_units(model, *ALL)])
+def test_hooks_of_a_run_in_another_thread_are_not_seen(work):
+    model, inside, leave = toy_cross_encoder(), threading.Event(), threading.Event()
+
+    def wait(tensor):
+        inside.set()
+        leave.wait(10)
+        return tensor
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(model.score, QUERIES[:1], TEXTS[:1], edits={Site('resid_pre', 0): wait})
+        inside.wait(10)
+        threading.Timer(0.2, leave.set).start()
+        found = work(model)
+        running.result()
+    assert found == '' or found.map.why_not_plain() == ''
+
+
+def test_tf32_is_off_again_after_runs_that_overlap():
+    before = torch.backends.cuda.matmul.allow_tf32
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(tf32(True))
+        second.enter_context(tf32(True))
+        first.close()
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == before

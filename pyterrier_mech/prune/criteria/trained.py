@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable
@@ -278,7 +277,7 @@ def _draw_pairs(contrasts: list[tuple[np.ndarray, np.ndarray]], count: int, seed
 
 def _twin(model: Ranker) -> Ranker:
     """Returns a ranker with weights of its own, in float32 where they were of half precision."""
-    module = copy.deepcopy(model.map.module).requires_grad_(True)
+    module = model.map.copied().requires_grad_(True)
     return model.around(module.float() if model.map.dtype in (torch.float16, torch.bfloat16) else module)
 
 
