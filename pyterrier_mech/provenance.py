@@ -23,7 +23,7 @@ ANALYSIS = 'analysis'
 FITTED_ON = 'pyterrier_mech.fitted_on'
 """Key in a frame's `attrs` of the qids that chose or trained what ranked it: a list, since Parquet keeps JSON."""
 
-_NUMBERED = re.compile(r'(.*[HN])([0-9]+)(.*)')
+_NUMBERED = re.compile(r'(.*[HNL])([0-9]+)(.*)')
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _joined(names: Sequence[str]) -> str:
 def _split(joined: str) -> list[str]:
     names = []
     for part in joined.split():
-        match = re.fullmatch(r'(.*[HN])([0-9]+)-([0-9]+)(.*)', part)
+        match = re.fullmatch(r'(.*[HNL])([0-9]+)-([0-9]+)(.*)', part)
         numbers = range(int(match[2]), int(match[3]) + 1) if match else []
         names += [f'{match[1]}{i}{match[4]}' for i in numbers] if match else [part]
     return names

@@ -21,7 +21,8 @@ from pyterrier_mech.inputs.batching import collected
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.engine import traced
 from pyterrier_mech.patch.heads import PatchHeads
-from pyterrier_mech.patch.pairs import DIRECTIONS, PATCHABLE, no_pairs, pair_columns, started
+from pyterrier_mech.patch.pairs import PATCHABLE, no_pairs, pair_columns, started
+from pyterrier_mech.patch.patching import DIRECTIONS
 from pyterrier_mech.provenance import Analysis
 from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage, choice, units
