@@ -139,7 +139,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
             if not isinstance(getattr(self, name), (Real, type(None))):
                 raise TypeError(f'{name} must be a number; got {name}={getattr(self, name)!r}')
 
-    def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def key(self) -> tuple[Any, ...]:
         """Returns everything that the result depends on: the settings, and what was fitted with them."""
         return (*super().key(), *((self.plan_, self.name_) if self.fitted else ()))
 
