@@ -61,15 +61,8 @@ def discover_circuit(
     if roles is not None:
         keys = [name for name in KEYS if name in roles.columns]
         heads = heads.merge(roles[[*keys, 'role']], on=keys, how='left')
-    settings: dict[str, Any] = {
-        'k': k,
-        'share': share,
-        'confidence': effects.confidence,
-        'analysis': effects.analysis,
-        'n_heads': len(table),
-        'n_certain': len(certain),
-        'head_counts': _head_counts(table),
-    }
+    settings: dict[str, Any] = {'k': k, 'share': share, 'confidence': effects.confidence, 'analysis': effects.analysis}
+    settings |= {'n_heads': len(table), 'n_certain': len(certain), 'head_counts': _head_counts(table)}
     if neurons is None:
         return Circuit.of_tables(heads, settings=settings, qids=effects.qids)
     settings |= {'p': float(p), 'scheme': scheme, 'fuse': fuse}

@@ -15,8 +15,6 @@ from pyterrier_mech.draws import generator
 from pyterrier_mech.perturb._documents import plain_terms, plain_words
 from pyterrier_mech.perturb.statistics import CollectionStatistics, collection_statistics, idf
 
-_FANG_2004 = 'Fang, Tao and Zhai: A Formal Study of Information Retrieval Heuristics. SIGIR 2004.'
-
 
 @dataclass(frozen=True)
 class Axiom:
@@ -32,7 +30,7 @@ class Axiom:
     seed: int = field(default=0, kw_only=True)
     location: str = field(default='end', kw_only=True)
 
-    citation: ClassVar[str] = _FANG_2004
+    citation: ClassVar[str] = 'Fang, Tao and Zhai: A Formal Study of Information Retrieval Heuristics. SIGIR 2004.'
     expected: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

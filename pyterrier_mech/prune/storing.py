@@ -59,9 +59,8 @@ class Fitted:
         with appearing(path, artifact, overwrite=overwrite) as new:
             save_ranker(self.model, new / _RANKER)
             self.plan.save(new / _PLAN)
-            summary = {
-                'ranker': type(self.model).__name__,
-                'settings': settings_of(self.model),
+            summary: dict[str, Any] = {'ranker': type(self.model).__name__, 'settings': settings_of(self.model)}
+            summary |= {
                 'made_by': made_by,
                 'qids': self.qids,
                 'name': self.name,

@@ -67,17 +67,9 @@ def make_plan(
         for stack, blocks in zip(made, taken, strict=True)
         for number in stack.order[: stack.edges[blocks]].tolist()
     )
-    told = {
-        'sparsity': sparsity,
-        'speedup': speedup,
-        'budget': budget,
-        'allocation': allocation,
-        'multiple': multiple,
-        'tokens': tokens,
-        'protected': protected.names,
-        'kept_share': (spent + costs.fixed) / costs.whole,
-    }
-    return plan_keeping(model, kept, told)
+    asked = {'sparsity': sparsity, 'speedup': speedup, 'budget': budget, 'allocation': allocation}
+    found = {'tokens': tokens, 'protected': protected.names, 'kept_share': (spent + costs.fixed) / costs.whole}
+    return plan_keeping(model, kept, {**asked, 'multiple': multiple, **found})
 
 
 def check_plan_settings(
