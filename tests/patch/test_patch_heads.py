@@ -29,7 +29,6 @@ from toys import (
 from transformers import AutoModelForSequenceClassification
 
 from pyterrier_mech import CrossEncoder, HeadEffects, PatchHeads
-from pyterrier_mech.rankers.folders import Stated
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 
