@@ -7,12 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help='Mechanistic interpretability of neural rankers as PyTerrier pipeline stages.',
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()

@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pyterrier_mech.draws import digest
 from pyterrier_mech.units import unit_columns
 
 ANALYSIS = 'analysis'
@@ -23,7 +25,7 @@ ANALYSIS = 'analysis'
 FITTED_ON = 'pyterrier_mech.fitted_on'
 """Key in a frame's `attrs` of the qids that chose or trained what ranked it: a list, since Parquet keeps JSON."""
 
-_NUMBERED = re.compile(r'(.*[HN])([0-9]+)(.*)')
+_NUMBERED = re.compile(r'(.*[HNL])([0-9]+)(.*)')
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,18 @@ def _joined(names: Sequence[str]) -> str:
 def _split(joined: str) -> list[str]:
     names = []
     for part in joined.split():
-        match = re.fullmatch(r'(.*[HN])([0-9]+)-([0-9]+)(.*)', part)
+        match = re.fullmatch(r'(.*[HNL])([0-9]+)-([0-9]+)(.*)', part)
         numbers = range(int(match[2]), int(match[3]) + 1) if match else []
         names += [f'{match[1]}{i}{match[4]}' for i in numbers] if match else [part]
     return names
+
+
+def noted(model: Any) -> str:
+    """Returns what notes call a ranker: the call that makes it and, since modules look alike there, a name of weights."""
+    if isinstance(model.model, (str, Path)):
+        return repr(model)
+    some = [part.detach().flatten()[:: part.numel() // 8 + 1].tolist() for part in model.map.module.parameters()]
+    return f'{model!r} {digest(some).hex()[:8]}'
 
 
 # -- queries that were seen

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -41,7 +41,7 @@ class SavedResult(pt.Artifact):
     TABLES: ClassVar[Mapping[str, tuple[str, ...]]]
     MADE_BY: ClassVar[str]
 
-    def __init__(self, path: Any, tables: Tables | None, summary: dict[str, Any] | None) -> None:
+    def __init__(self, path: Any, *, tables: Tables | None = None, summary: dict[str, Any] | None = None) -> None:
         """Holds tables and summary in memory, or reads both from the folder `path`.
 
         Raises:
@@ -77,7 +77,7 @@ class SavedResult(pt.Artifact):
             FileExistsError: If `path` exists and may not be replaced.
         """
         path = Path(path)
-        with appearing(path, overwrite=overwrite, ours=self._is_ours, what=type(self).__name__) as new:
+        with appearing(path, type(self), overwrite=overwrite) as new:
             for name in self.TABLES:
                 self._tables[name].to_parquet(new / f'{name}.parquet', index=False)
             write_meta(new, self._meta())
@@ -101,15 +101,7 @@ class SavedResult(pt.Artifact):
         return [name for one in cls.__mro__ if one not in above for name in inspect.get_annotations(one)]
 
     def _meta(self) -> dict[str, Any]:
-        return {
-            'type': self.ARTIFACT_TYPE,  # type: ignore[attr-defined]
-            'format': self.ARTIFACT_FORMAT,
-            'package_hint': self.ARTIFACT_PACKAGE_HINT,
-            'summary': plain(self._summary),
-        }
-
-    def _is_ours(self, meta: dict[str, Any]) -> bool:
-        return (meta.get('type'), meta.get('format')) == (self.ARTIFACT_TYPE, self.ARTIFACT_FORMAT)  # type: ignore[attr-defined]
+        return {**header(type(self)), 'summary': plain(self._summary)}
 
     def _read(self, path: Path) -> tuple[Tables, dict[str, Any]]:
         name = type(self).__name__
@@ -118,20 +110,16 @@ class SavedResult(pt.Artifact):
         if not path.exists():
             raise FileNotFoundError(f'There is no {str(path)!r}. Make it with {self.MADE_BY}.save(path).')
         meta = read_meta(path)
-        if not self._is_ours(meta):
+        if not is_of(type(self), meta):
             raise ValueError(
                 f'{str(path)!r} holds no saved {name} (type={meta.get("type")!r}, format={meta.get("format")!r}). '
                 f'Give the folder that {name}.save(path) made.'
             )
-        summary = self._summary_of(path, meta)
-        return {name: self._table_of(path, name) for name in self.TABLES}, summary
-
-    def _summary_of(self, path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         summary = meta.get('summary')
-        missing = [key for key in self._names() if not isinstance(summary, dict) or key not in summary]
-        if missing:
+        if missing := [key for key in self._names() if not isinstance(summary, dict) or key not in summary]:
             raise damaged(path / META, f'its summary has no {", ".join(map(repr, missing))}')
-        return {key: math.nan if value is None else value for key, value in meta['summary'].items()}
+        found = {key: math.nan if value is None else value for key, value in meta['summary'].items()}
+        return {name: self._table_of(path, name) for name in self.TABLES}, found
 
     def _table_of(self, path: Path, name: str) -> pd.DataFrame:
         file = path / f'{name}.parquet'
@@ -140,14 +128,13 @@ class SavedResult(pt.Artifact):
             table = pd.read_parquet(file, partitioning=None)
         except (OSError, ValueError) as error:
             raise damaged(file, error) from error
-        missing = [column for column in self.TABLES[name] if column not in table.columns]
-        if missing:
+        if missing := [column for column in self.TABLES[name] if column not in table.columns]:
             raise damaged(file, f'it has no {", ".join(map(repr, missing))}, only {list(table.columns)}')
         return table
 
 
 @contextmanager
-def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], bool], what: str) -> Iterator[Path]:
+def appearing(path: Path, artifact: type[pt.Artifact], *, overwrite: bool) -> Iterator[Path]:
     """Gives a new folder to fill in the block, which appears at `path` when the block ends, or not at all.
 
     The block writes the metadata too; the names of all files are added to it, so that files of the user, which stand
@@ -155,9 +142,8 @@ def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], b
 
     Args:
         path: Where it shall be.
-        overwrite: Whether a folder of the same kind may be replaced.
-        ours: Tells from the metadata of a folder whether it is of that kind.
-        what: The kind, as errors call it.
+        artifact: The class that reads it.
+        overwrite: Whether a folder of the same class may be replaced.
 
     Raises:
         FileExistsError: If `path` exists and may not be replaced.
@@ -166,7 +152,7 @@ def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], b
     with ExitStack() as stack:
         with _held(path.parent):
             _tidy(path)
-            _check_free(path, overwrite, ours, what)
+            _check_free(path, artifact, overwrite)
             # The name is short, whatever that of path, and tells writers of the same path from others.
             (room := path.with_name(f'.{uuid.uuid4().hex[:8]}{_suffix(path)}')).mkdir()
             stack.enter_context(_held(room))
@@ -178,7 +164,7 @@ def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], b
             write_meta(new, {**read_meta(new), 'files': names})
             with _held(path.parent):
                 # Again: the work may have taken long.
-                _check_free(path, overwrite, ours, what)
+                _check_free(path, artifact, overwrite)
                 if path.exists():
                     path.rename(old)
                 new.rename(path)
@@ -187,18 +173,29 @@ def appearing(path: Path, *, overwrite: bool, ours: Callable[[dict[str, Any]], b
                 _clear(room, path)
 
 
-def _check_free(path: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool], what: str) -> None:
+def header(artifact: Any) -> dict[str, str]:
+    """Returns what the metadata of a folder say of the class that reads it."""
+    names = {'type': 'ARTIFACT_TYPE', 'format': 'ARTIFACT_FORMAT', 'package_hint': 'ARTIFACT_PACKAGE_HINT'}
+    return {key: getattr(artifact, name) for key, name in names.items()}
+
+
+def is_of(artifact: Any, meta: Mapping[str, Any]) -> bool:
+    """Whether a folder with these metadata is read by a class."""
+    return (meta.get('type'), meta.get('format')) == (artifact.ARTIFACT_TYPE, artifact.ARTIFACT_FORMAT)
+
+
+def _check_free(path: Path, artifact: type[pt.Artifact], overwrite: bool) -> None:
+    what = artifact.__name__
     if not path.exists():
         return
     if not overwrite:
         raise FileExistsError(f'{str(path)!r} already exists; pass overwrite=True to replace it.')
     meta = read_meta(path)
-    if not ours(meta):
+    if not is_of(artifact, meta):
         raise FileExistsError(f'{str(path)!r} holds no saved {what}, so it stays. Choose another path.')
     known = {META, *meta.get('files', ())}
     there = (file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
-    others = sorted(set(there) - known)
-    if others:
+    if others := sorted(set(there) - known):
         raise FileExistsError(
             f'{str(path)!r} holds files that {what} did not save, and replacing it would delete them: '
             f'{", ".join(others[:5])}{" …" if len(others) > 5 else ""}. Move them, or choose another path.'
@@ -231,20 +228,16 @@ def _held(folder: Path, wait: bool = True) -> Iterator[bool]:
     It does not where another one holds it and `wait` is False, or where the system cannot hold folders: there, what
     killed writers leave stays, and of two writers at the same moment one may end with an error of the system.
     """
-    lock = None
-    try:
-        try:
+    with ExitStack() as stack:
+        held = False
+        with suppress(ImportError, OSError):
             import fcntl
 
             lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = True
-        except (ImportError, OSError):
-            held = False
         yield held
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

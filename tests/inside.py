@@ -31,7 +31,7 @@ from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
-from pyterrier_mech.perturb.statistics import plain_words  # noqa: F401
+from pyterrier_mech.perturb._documents import plain_words  # noqa: F401
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
 from pyterrier_mech.prune.criteria.gates import gating, unit_gradients
 from pyterrier_mech.prune.criteria.trained import _expected as expected_cost  # noqa: F401
@@ -49,7 +49,9 @@ from pyterrier_mech.prune.plans.planning import check_budget  # noqa: F401
 from pyterrier_mech.prune.protocol import check_step as check_needs  # noqa: F401
 from pyterrier_mech.prune.recovery.distillation import margin_error, with_negatives  # noqa: F401
 from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
-from pyterrier_mech.rankers import folders, ranker
+from pyterrier_mech.rankers import folders, loading
+from pyterrier_mech.rankers.folders import Stated  # noqa: F401
+from pyterrier_mech.rankers.ranker import _tf32 as tf32  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
@@ -93,7 +95,7 @@ def described_as(model_type, **changes):
 def load_names_as(monkeypatch, toys):
     """Has names that are no folder loaded by the functions of `toys`; what is registered meanwhile is forgotten."""
     for function, toy in toys.items():
-        room = ranker if hasattr(ranker, function) else folders
+        room = folders if hasattr(folders, function) else loading
 
         def load(name, *args, real=getattr(room, function), toy=toy, **settings):
             return (real if Path(name).is_dir() else toy)(name, *args, **settings)
@@ -232,7 +234,7 @@ def ablation_types(model, frame):
 
 def never_evaluate(monkeypatch, refuse):
     """Has `refuse` called where `compare` begins to work."""
-    monkeypatch.setattr(comparison, 'values_of_queries', refuse)
+    monkeypatch.setattr(comparison.reading, 'values_of_queries', refuse)
 
 
 def replace_clock(monkeypatch, now, score):

@@ -16,6 +16,7 @@ from pyterrier_mech import (
     CrossEncoder,
     PatchedReranker,
     PatchHeads,
+    PatchLayers,
     Perturb,
     PrunedReranker,
     perturbation,
@@ -67,6 +68,10 @@ STAGES = {
     'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
     'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
     'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
+    'PatchLayers': (lambda model, **settings: PatchLayers(cross(model), **settings), edited, True),
+    'PatchLayers by position': (
+        lambda model, **settings: PatchLayers(bi(model), sites=['mlp_out'], by='position', **settings), edited, True
+    ),
     'AblateHeads': (lambda model, **settings: AblateHeads(cross(model), **settings), plain, True),
     'AblateHeads by means': (
         lambda model, **settings: AblateHeads(bi(model), 'mean', reference=reference(), **settings), plain, True

@@ -30,7 +30,7 @@ PACKAGE, TESTS = Path(pyterrier_mech.__file__).parent, Path(__file__).parent
 ALIASES = {'stats.py', 'measures.py', '__init__.py'}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob('*.py'))]
 PUBLIC = {'attribute', 'cli', 'circuits', 'evaluation', 'lab', 'measures', 'patch', 'perturb', 'plot', 'prune'}
-PUBLIC |= {'rankers', 'results', 'stats'}
+PUBLIC |= {'rankers', 'results', 'stats', 'units'}
 
 
 def imports(path):

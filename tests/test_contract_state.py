@@ -138,7 +138,7 @@ def test_two_threads_on_one_model_give_what_one_gives(name, module):
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                thread.join(60)
     finally:
         sys.setswitchinterval(interval)
     for res, one in zip(found, expected, strict=True):

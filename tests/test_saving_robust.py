@@ -95,7 +95,7 @@ MOMENTS = ['writing', 'between the renames', 'after']
 
 
 def test_what_a_killed_writer_leaves_is_cleared_by_the_next(tmp_path):
-    subprocess.run([sys.executable, '-c', KILLED, str(tmp_path), *MOMENTS], env=os.environ, check=True)
+    subprocess.run([sys.executable, '-c', KILLED, str(tmp_path), *MOMENTS], env=os.environ, check=True, timeout=200)
     for moment in MOMENTS:
         folder, kept = tmp_path / moment, Circuit.from_units(['L5H5' if moment == 'after' else 'L0H1'])
         assert any(name.startswith('.') for name in names(folder))
@@ -139,7 +139,7 @@ def test_a_living_writer_is_not_disturbed(tmp_path):
     assert started.wait(20)
     first = circuit().save(tmp_path / 'c')
     finish.set()
-    thread.join()
+    thread.join(60)
     # The other one was faster: this one says so, and its work is not mixed into the other's.
     assert [type(error) for error in errors] == [FileExistsError] and 'already exists' in str(errors[0])
     assert Circuit.load(tmp_path / 'c') == first and names(tmp_path) == ['c']
@@ -171,7 +171,7 @@ def test_two_writers_that_both_overwrite(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert not mixtures
     assert not errors
     assert names(tmp_path) == ['c'] and Circuit.load(tmp_path / 'c') in ones[1:]

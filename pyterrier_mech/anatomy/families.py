@@ -66,19 +66,24 @@ class Family:
         return bool(self.qkv)
 
 
-def _classify_bert(module: Any, pooled: torch.Tensor) -> torch.Tensor:
+def _through(pooled: torch.Tensor, *parts: Any) -> torch.Tensor:
+    """Takes vectors [..., d] through modules that read the first token of sequences."""
     vectors = pooled.reshape(-1, 1, pooled.shape[-1])
-    return module.classifier(module.base_model.pooler(vectors)).reshape(*pooled.shape[:-1], -1)
+    for part in parts:
+        vectors = part(vectors)
+    return vectors.reshape(*pooled.shape[:-1], -1)
+
+
+def _classify_bert(module: Any, pooled: torch.Tensor) -> torch.Tensor:
+    return _through(pooled, module.base_model.pooler, module.classifier)
 
 
 def _classify_deberta(module: Any, pooled: torch.Tensor) -> torch.Tensor:
-    vectors = pooled.reshape(-1, 1, pooled.shape[-1])
-    return module.classifier(module.pooler(vectors)).reshape(*pooled.shape[:-1], -1)
+    return _through(pooled, module.pooler, module.classifier)
 
 
 def _classify_head(module: Any, pooled: torch.Tensor) -> torch.Tensor:
-    vectors = pooled.reshape(-1, 1, pooled.shape[-1])
-    return module.classifier(vectors).reshape(*pooled.shape[:-1], -1)
+    return _through(pooled, module.classifier)
 
 
 def _classify_distilbert(module: Any, pooled: torch.Tensor) -> torch.Tensor:

@@ -183,11 +183,18 @@ class Layer:
 
         Without gradients `attention` is overwritten.
         """
-        if self.family.norm_first:
-            a = _add(attention, x)
-            return _add(self.mlp(self.part('norm_mlp')(a)), a)
-        a = self.part('norm_attention')(_add(attention, x))
-        return self.part('norm_mlp')(_add(self.mlp(a), a))
+        a = self.attended(x, attention)
+        return self.after_mlp(a, self.mlp(self.part('norm_mlp')(a) if self.family.norm_first else a))
+
+    def attended(self, x: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """The stream between the two blocks. Without gradients `attention` is overwritten."""
+        total = _add(attention, x)
+        return total if self.family.norm_first else self.part('norm_attention')(total)
+
+    def after_mlp(self, a: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+        """The layer's output from the stream between the blocks. Without gradients `mlp` is overwritten."""
+        total = _add(mlp, a)
+        return total if self.family.norm_first else self.part('norm_mlp')(total)
 
     def output(self, x: torch.Tensor, context: Context, at: torch.Tensor | int | None = None) -> torch.Tensor:
         """The layer's output, of all tokens, or of one a row alone [rows, 1, d]."""

@@ -28,7 +28,9 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
         return f'the attention of {module.config.model_type!r} is not described'
     if getattr(module.config, '_attn_implementation', None) not in _KERNELS:
         return f'attention runs by {module.config._attn_implementation!r}'
-    if any(getattr(torch_modules, name, None) for name in _GLOBAL_HOOKS):
+    # Those of torch itself, as of its counter of operations, look on and change nothing.
+    hooks = [hook for name in _GLOBAL_HOOKS for hook in getattr(torch_modules, name, {}).values()]
+    if any(not str(getattr(hook, '__module__', '')).startswith('torch.') for hook in hooks):
         return 'there are global hooks on modules'
     known = {'torch', 'transformers', 'pyterrier_mech', _root(module.base_model.__class__)}
     for part in module.modules():

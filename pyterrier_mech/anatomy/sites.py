@@ -38,6 +38,8 @@ PLACES: dict[str, Callable[[Layer], Place]] = {
     'heads': lambda layer: Place(layer.attention_out, 'input', rowwise=True),
     'neurons': lambda layer: Place(layer.mlp_out, 'input', rowwise=True),
     'resid_pre': lambda layer: Place(layer.module, 'input'),
+    'attn_out': lambda layer: Place(layer.attention_out, 'output', rowwise=True),
+    'mlp_out': lambda layer: Place(layer.mlp_out, 'output', rowwise=True),
     'resid_post': lambda layer: Place(layer.module, 'output'),
 }
 """From a kind of site to its place in a layer. A new kind is one entry."""

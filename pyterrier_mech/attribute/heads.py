@@ -21,8 +21,9 @@ from pyterrier_mech.inputs.batching import collected
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.engine import traced
 from pyterrier_mech.patch.heads import PatchHeads
-from pyterrier_mech.patch.pairs import DIRECTIONS, PATCHABLE, no_pairs, pair_columns, started
-from pyterrier_mech.provenance import Analysis
+from pyterrier_mech.patch.pairs import PATCHABLE, no_pairs, pair_columns, started
+from pyterrier_mech.patch.patching import DIRECTIONS
+from pyterrier_mech.provenance import Analysis, noted
 from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage, choice, units
 from pyterrier_mech.units import HEADS, Unit
@@ -120,7 +121,7 @@ class AttributeHeads(Keeping, ModelStage):
         return with_columns(inp, columns, self._analysis(heads, settings))
 
     def _analysis(self, heads: list[Unit], settings: dict[str, Any]) -> Analysis:
-        settings = {'method': self.method, **settings, 'model': self.model.noted}
+        settings = {'method': self.method, **settings, 'model': noted(self.model)}
         return Analysis('AttributeHeads', settings, [unit.name for unit in heads])
 
     # -- with a second text

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from pyterrier_mech.anatomy.edits import Columns, columns_of
@@ -19,14 +18,7 @@ from pyterrier_mech.units import Site, Units
 
 
 def ablated_scores(
-    model: Any,
-    inputs: Inputs,
-    original: Fields,
-    sets: Sequence[Units],
-    value: str,
-    reference: pd.DataFrame | None,
-    seed: int,
-    text_field: str,
+    model: Any, inputs: Inputs, original: Fields, sets: Sequence[Units], made: Callable[[Units], Replacement]
 ) -> np.ndarray:
     """Returns the scores [sets, original or perturbed, good rows] with each set of units ablated in both inputs.
 
@@ -39,10 +31,7 @@ def ablated_scores(
         original: Their original queries and texts: a row of the reference is drawn by them, so that a pair is not
             replaced by itself.
         sets: The sets of units.
-        value: 'mean', 'resample' or 'zero'.
-        reference: Where the two first take values from.
-        seed: Random seed of 'resample'.
-        text_field: Column of the text in the reference.
+        made: Makes what stands in the place of ablated units, of whole layers.
     """
     # Whole layers, so that a column's number is its place among the values.
     touched = {unit.site for units in sets for unit in units}
@@ -51,7 +40,7 @@ def ablated_scores(
     read = [
         keys(tower, *([original[f][row] for row in inputs.good] for f in ('query', 'text'))) for tower in model.towers
     ]
-    replacement = Replacement(model, whole, value, reference, seed, text_field)
+    replacement = made(whole)
 
     def step(batch: np.ndarray) -> np.ndarray:
         rows = inputs.good[batch]

@@ -61,15 +61,8 @@ def discover_circuit(
     if roles is not None:
         keys = [name for name in KEYS if name in roles.columns]
         heads = heads.merge(roles[[*keys, 'role']], on=keys, how='left')
-    settings: dict[str, Any] = {
-        'k': k,
-        'share': share,
-        'confidence': effects.confidence,
-        'analysis': effects.analysis,
-        'n_heads': len(table),
-        'n_certain': len(certain),
-        'head_counts': _head_counts(table),
-    }
+    settings: dict[str, Any] = {'k': k, 'share': share, 'confidence': effects.confidence, 'analysis': effects.analysis}
+    settings |= {'n_heads': len(table), 'n_certain': len(certain), 'head_counts': _head_counts(table)}
     if neurons is None:
         return Circuit.of_tables(heads, settings=settings, qids=effects.qids)
     settings |= {'p': float(p), 'scheme': scheme, 'fuse': fuse}
@@ -94,18 +87,12 @@ def _check(effects: Any, k: Any, share: Any, roles: Any, neurons: Any) -> None:
         raise ValueError(f'k must be 1 or more; got k={k!r}')
     if share is not None and not 0 < share <= 1:
         raise ValueError(f'share must be above 0 and up to 1, such as 0.1; got share={share!r}')
-    missing = [] if roles is None else [name for name in ('layer', 'head', 'role') if name not in roles.columns]
-    if missing:
+    if missing := [name for name in ('layer', 'head', 'role') if roles is not None and name not in roles.columns]:
         raise ValueError(f'roles= has no {", ".join(map(repr, missing))}: give what head_roles(frame) returned')
 
 
 def _neurons(effects: NeuronEffects, p: float, scheme: str, fuse: str) -> pd.DataFrame:
     means, units = effects.mean(scheme), sorted(effects.top(p, scheme, fuse=fuse))
-    table = pd.DataFrame(
-        {
-            'name': [unit.name for unit in units],
-            'effect': [means[unit.site.layer, unit.index] for unit in units],
-            'role': scheme,
-        }
-    )
+    rows = [(unit.name, means[unit.site.layer, unit.index], scheme) for unit in units]
+    table = pd.DataFrame(rows, columns=['name', 'effect', 'role'])
     return table.sort_values('effect', ascending=False, kind='stable')

@@ -15,7 +15,7 @@ from pyterrier_mech.frames import Fields, two_versions
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.pairs import reasons
-from pyterrier_mech.patch.replacement import check_value
+from pyterrier_mech.patch.replacement import Replacement, check_value
 from pyterrier_mech.provenance import as_qids
 from pyterrier_mech.results.circuit import Circuit
 from pyterrier_mech.units import HEADS, Units
@@ -89,7 +89,11 @@ def faithfulness(
 
     # Each set once: all random sets of size 0 are the same one.
     sets = list(dict.fromkeys([Units(), *inside, *(every - units for units in inside)]))
-    scores = ablated_scores(model, pairs, original, sets, value, reference, seed, text)
+
+    def made(units: Units) -> Replacement:
+        return Replacement(model, units, value, reference, seed, text)
+
+    scores = ablated_scores(model, pairs, original, sets, made)
     changes = dict(zip(sets, np.asarray(scores[:, 1] - scores[:, 0], dtype=np.float64), strict=True))
     remaining = np.stack([changes[every - units] for units in inside] + [changes[units] for units in inside])
     qids = frame['qid'].astype(str).to_numpy()[pairs.good]
@@ -118,8 +122,7 @@ def _check(circuit: Any, frame: pd.DataFrame, n_random: int) -> None:
         )
     if n_random < 0:
         raise ValueError(f'n_random must be 0 or more; got {n_random!r}')
-    shared = sorted(as_qids(frame['qid']) & as_qids(circuit.qids)) if 'qid' in frame.columns else []
-    if shared:
+    if shared := sorted(as_qids(frame.get('qid', ())) & as_qids(circuit.qids)):
         raise ValueError(
             f'The circuit was found on {len(shared)} of the queries that it is judged on (first: {shared[0]!r}), which '
             "flatters it. Judge it on others: frame[~frame['qid'].isin(circuit.qids)]."
@@ -157,8 +160,6 @@ def _sets(
     for size in sizes:
         part = circuit.top(size).units
         rows.append({'size': size, 'kind': CIRCUIT, 'draw': 0})
-        sets.append(part)
-        for draw in range(n_random):
-            rows.append({'size': size, 'kind': RANDOM, 'draw': draw})
-            sets.append(Units.random(part, model, seed + draw))
+        rows += [{'size': size, 'kind': RANDOM, 'draw': draw} for draw in range(n_random)]
+        sets += [part, *(Units.random(part, model, seed + draw) for draw in range(n_random))]
     return rows, sets

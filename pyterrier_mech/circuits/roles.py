@@ -24,19 +24,11 @@ from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage
 from pyterrier_mech.units import HEADS, Site, head
 
-FLOWS = (
-    'query_to_query',
-    'document_to_document',
-    'query_to_document',
-    'document_to_query',
-    'to_cls',
-    'to_sep',
-    'special_to_words',
-)
+_WORDS = ('query_to_query', 'document_to_document', 'query_to_document', 'document_to_query')
+FLOWS = (*_WORDS, 'to_cls', 'to_sep', 'special_to_words')
 ROLES = ('query-focused', 'document-focused', 'matching', 'special-token', 'mixed')
 SHARE, EXPECTED, ODDS = 'attention.', 'expected.', 'odds.'
 
-_WORDS = FLOWS[:4]
 _CLS, _QUERY, _SEP, _DOCUMENT = range(4)
 _GROUP_OF = {'cls': _CLS, 'query': _QUERY, 'sep': _SEP, 'doc_match': _DOCUMENT, 'doc_other': _DOCUMENT}
 # Which words look above expectation where: any other set of flows has no name.
@@ -107,9 +99,8 @@ class AttentionShares(Keeping, ModelStage):
             return [_flows(as_numpy(_masses(layer, x, context, groups))) for layer, x, context in layers]
 
         with model.computing():
-            for rows, layers in in_batches(
-                inputs.lengths, self.budget, step, verbose=self.shows, desc='AttentionShares'
-            ):
+            batches = in_batches(inputs.lengths, self.budget, step, verbose=self.shows, desc='AttentionShares')
+            for rows, layers in batches:
                 for layer, flows in enumerate(layers):
                     values[:, rows, layer, : flows.shape[2]] = flows / inputs.lengths[rows][:, None]
         return {SHARE + flow: list(value) for flow, value in zip(FLOWS, values, strict=True)}
@@ -121,8 +112,7 @@ def check_plain(model: Any) -> None:
     Raises:
         ValueError: If not.
     """
-    reason = model.map.why_not_plain()
-    if reason:
+    if reason := model.map.why_not_plain():
         raise ValueError(
             f'attention weights are made from the parts of the layers, but of {model!r} {reason}: describe the family '
             'with qkv= by pyterrier_mech.rankers.register_family(Family(...)) if it is plain attention; merge adapters '
@@ -149,17 +139,10 @@ def _masses(layer: Layer, x: torch.Tensor, context: Context, groups: torch.Tenso
 def _flows(masses: np.ndarray) -> np.ndarray:
     """From masses [rows, heads, groups, groups] to [flows, rows, heads]."""
     words, special = [_QUERY, _DOCUMENT], [_CLS, _SEP]
-    return np.stack(
-        [
-            masses[..., _QUERY, _QUERY],
-            masses[..., _DOCUMENT, _DOCUMENT],
-            masses[..., _QUERY, _DOCUMENT],
-            masses[..., _DOCUMENT, _QUERY],
-            masses[..., _CLS].sum(-1),
-            masses[..., _SEP].sum(-1),
-            masses[..., special, :][..., words].sum((-1, -2)),
-        ]
-    )
+    sources, targets = [*words, *words], [*words, *reversed(words)]
+    between_words = [masses[..., source, target] for source, target in zip(sources, targets, strict=True)]
+    to_special = [masses[..., group].sum(-1) for group in special]
+    return np.stack([*between_words, *to_special, masses[..., special, :][..., words].sum((-1, -2))])
 
 
 def _groups(inputs: Inputs, rows: np.ndarray) -> np.ndarray:

@@ -11,16 +11,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats as tests
 
+from pyterrier_mech.evaluation import runs as reading
 from pyterrier_mech.evaluation.bootstrap import bootstrap_by_query, check_interval
-from pyterrier_mech.evaluation.runs import (
-    as_measures,
-    checked_run,
-    judged_queries,
-    judgements,
-    refuse_seen,
-    score_agreement,
-    values_of_queries,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +83,19 @@ def compare(
     check_interval(confidence, n_resamples)
     if correction not in ('holm', None):
         raise ValueError(f"correction must be 'holm', or None for none; got correction={correction!r}")
-    named = as_measures(measures)
+    named = reading.as_measures(measures)
     given = {'run': runs} if isinstance(runs, pd.DataFrame) else dict(runs)
     if not given:
         raise ValueError('there are no runs to compare with the baseline')
-    qrels = judgements(qrels, subtopics=True)
-    base = checked_run(baseline, 'the baseline')
-    frames = {name: checked_run(run, f'run {name!r}') for name, run in given.items()}
+    qrels = reading.judgements(qrels, subtopics=True)
+    base = reading.checked_run(baseline, 'the baseline')
+    frames = {name: reading.checked_run(run, f'run {name!r}') for name, run in given.items()}
     everything = {'the baseline': base, **{f'run {name!r}': run for name, run in frames.items()}}
-    qids = judged_queries(everything, qrels)
-    refuse_seen(qids, fitted_on, everything)
+    qids = reading.judged_queries(everything, qrels)
+    reading.refuse_seen(qids, fitted_on, everything)
 
-    of_base = values_of_queries(base, qrels, named, qids)
-    of_runs = {name: values_of_queries(run, qrels, named, qids) for name, run in frames.items()}
+    of_base = reading.values_of_queries(base, qrels, named, qids)
+    of_runs = {name: reading.values_of_queries(run, qrels, named, qids) for name, run in frames.items()}
     sides = [
         (name, measure, of_base[measure].to_numpy(), values[measure].to_numpy())
         for name, values in of_runs.items()
@@ -117,7 +109,7 @@ def compare(
         pd.DataFrame({'run': run, 'measure': name, 'qid': qids, 'baseline': x, 'value': y, 'difference': y - x})
         for run, name, x, y in sides
     )
-    scores = pd.DataFrame([{'run': name, **score_agreement(base, run, qids)} for name, run in frames.items()])
+    scores = pd.DataFrame([{'run': name, **reading.score_agreement(base, run, qids)} for name, run in frames.items()])
     return Comparison(table, per_query.reset_index(drop=True), scores)
 
 
@@ -125,11 +117,8 @@ def _difference(baseline: np.ndarray, value: np.ndarray, options: Mapping[str, A
     difference = value - baseline
     low = high = np.full(2, np.nan)
     if np.isfinite(difference).all():
-        low, high = bootstrap_by_query(
-            lambda d, v, b, n: np.stack([d / n, v / b], axis=-1),
-            *(difference, value, baseline, np.ones(len(value))),
-            **options,
-        )
+        sums = (difference, value, baseline, np.ones(len(value)))
+        low, high = bootstrap_by_query(lambda d, v, b, n: np.stack([d / n, v / b], axis=-1), *sums, **options)
     mean = baseline.mean()
     t, p, d_z = _paired_t(baseline, value)
     return {

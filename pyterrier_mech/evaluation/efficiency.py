@@ -116,19 +116,10 @@ def efficiency(
         peaks = {name: run.peak_mb() for name, run in passes.items()}
         seconds = _take_turns(passes, repeats)
         for name, ranker in sides.items():
-            rows.append(
-                {
-                    'ranker': name,
-                    'batch_size': size,
-                    'parameters': parameters(ranker),
-                    'encoder_parameters': encoder_parameters(ranker),
-                    'weight_mb': weight_mb(ranker),
-                    'flops': flops[name],
-                    'ms': float(np.median(seconds[name])) * 1000 / len(frame),
-                    'peak_mb': peaks[name],
-                    **_ratios(name, sides, flops, seconds),
-                }
-            )
+            row: dict[str, Any] = {'ranker': name, 'batch_size': size}
+            row |= {count.__name__: count(ranker) for count in (parameters, encoder_parameters, weight_mb)}
+            row |= {'flops': flops[name], 'ms': float(np.median(seconds[name])) * 1000 / len(frame)}
+            rows.append({**row, 'peak_mb': peaks[name], **_ratios(name, sides, flops, seconds)})
     return pd.DataFrame(rows).astype({'batch_size': 'Int64'})
 
 
@@ -140,15 +131,9 @@ def _ratios(
         return dict.fromkeys(names, np.nan)
     rounds = seconds['baseline'] / seconds['model']
     ours, theirs = sides['model'], sides['baseline']
-    values = (
-        float(np.median(rounds)),
-        float(rounds.min()),
-        float(rounds.max()),
-        flops['model'] / flops['baseline'],
-        parameters(ours) / parameters(theirs),
-        weight_mb(ours) / weight_mb(theirs),
-    )
-    return dict(zip(names, values, strict=True))
+    values = [np.median(rounds), rounds.min(), rounds.max(), flops['model'] / flops['baseline']]
+    values += [size(ours) / size(theirs) for size in (parameters, weight_mb)]
+    return dict(zip(names, map(float, values), strict=True))
 
 
 class _Pass:
@@ -244,8 +229,7 @@ def _checked_sizes(batch_sizes: Iterable[int | None], repeats: int) -> list[int 
 
 def _check_frame(frame: pd.DataFrame, sides: dict[str, Ranker]) -> None:
     for ranker in sides.values():
-        missing = [name for name in ('qid', 'query', 'docno', ranker.text_field) if name not in frame.columns]
-        if missing:
+        if missing := [name for name in ('qid', 'query', 'docno', ranker.text_field) if name not in frame.columns]:
             raise ValueError(
                 f'the frame to measure on has no {", ".join(map(repr, missing))}: give what the ranker would read, '
                 'e.g. (bm25 % 50 >> text)(topics)'

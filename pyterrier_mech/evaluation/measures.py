@@ -40,8 +40,7 @@ def _measure(value: Callable[[pd.DataFrame], float], name: str, description: str
     """Makes a measure from a function of the rows of a query that have both scores."""
 
     def of_query(qrels: pd.DataFrame, run: pd.DataFrame) -> float:
-        missing = [column for column in _SCORES if column not in run.columns]
-        if missing:
+        if missing := [column for column in _SCORES if column not in run.columns]:
             raise ValueError(
                 f'{name} reads {_SCORES}, and the results lack {missing}: put PatchHeads(model, heads=[]) behind '
                 "Perturb. A run saved with save_format='trec' has lost them."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -98,8 +99,7 @@ def judgements(qrels: pd.DataFrame, *, subtopics: bool = False) -> pd.DataFrame:
 
 
 def _checked(frame: pd.DataFrame, name: str, columns: list[str]) -> pd.DataFrame:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
+    if missing := [column for column in columns if column not in frame.columns]:
         raise ValueError(f'{name} has no {", ".join(map(repr, missing))}: it has {list(frame.columns)}')
     return with_ids(frame, name)
 
@@ -129,10 +129,9 @@ def as_measures(measures: Any) -> dict[ir_measures.Measure, str]:
     if not named:
         raise ValueError("there are no measures: give some, e.g. ['ndcg_cut_10', RR@10]")
     for measure, name in named.items():
-        try:
+        computable = False
+        with suppress(AssertionError):
             computable = ir_measures.DefaultPipeline.supports(measure)
-        except AssertionError:
-            computable = False
         if not computable:
             raise ValueError(
                 f'{name} cannot be computed: it needs a parameter, as the 10 in P@10, or a package that is not '
@@ -143,10 +142,8 @@ def as_measures(measures: Any) -> dict[ir_measures.Measure, str]:
 
 def _parse(name: Any) -> list[ir_measures.Measure]:
     for parse in (ir_measures.parse_trec_measure, lambda text: [ir_measures.parse_measure(text)]):
-        try:
+        with suppress(Exception):  # the two parsers raise what their regular expressions and syntax trees raise
             return parse(name)
-        except Exception:  # the two parsers raise what their regular expressions and syntax trees happen to raise
-            continue
     raise ValueError(f"{name!r} is no known measure: write 'ndcg_cut_10', 'nDCG@10' or ir_measures.nDCG @ 10")
 
 
@@ -201,8 +198,7 @@ def refuse_seen(judged: Iterable[str], fitted_on: Any, runs: Mapping[str, pd.Dat
     known = as_qids(fitted_on['qid'] if isinstance(fitted_on, pd.DataFrame) else fitted_on)
     sources = {'fitted_on': known, **{f'the fit of {name}': seen_by(run) for name, run in runs.items()}}
     for source, qids in sources.items():
-        seen = sorted(as_qids(judged) & qids)
-        if seen:
+        if seen := sorted(as_qids(judged) & qids):
             raise ValueError(
                 f'{len(seen)} of the queries that would judge stand in {source} (qids {_some(seen)}): a ranker cannot '
                 'be judged by the queries that it was fitted on. Fit on other topics, or judge on others with '
@@ -238,10 +234,8 @@ def score_agreement(baseline: pd.DataFrame, run: pd.DataFrame, qids: Iterable[st
     wanted = set(qids)
     first, second = (frame.loc[frame['qid'].isin(wanted), [*_KEYS, 'score']] for frame in (baseline, run))
     both = first.merge(second, on=_KEYS, suffixes=('_x', '_y')).astype({'score_x': float, 'score_y': float})
-    of_queries = [
-        _correlations(rows['score_x'].to_numpy(), rows['score_y'].to_numpy()) for _, rows in both.groupby('qid')
-    ]
-    defined = np.array([row for row in of_queries if row is not None]).reshape(-1, 3)
+    pairs = [rows[['score_x', 'score_y']].to_numpy().T for _, rows in both.groupby('qid')]
+    defined = np.array([_correlations(x, y) for x, y in pairs if _vary(x, y)]).reshape(-1, 3)
     means = defined.mean(axis=0) if len(defined) else np.full(3, np.nan)
     x, y = both['score_x'].to_numpy(), both['score_y'].to_numpy()
     return {
@@ -254,9 +248,7 @@ def score_agreement(baseline: pd.DataFrame, run: pd.DataFrame, qids: Iterable[st
     }
 
 
-def _correlations(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
-    if not _vary(x, y):
-        return None
+def _correlations(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     return _pearson(x, y), _pearson(stats.rankdata(x), stats.rankdata(y)), float(stats.kendalltau(x, y).statistic)
 
 

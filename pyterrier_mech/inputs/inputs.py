@@ -3,61 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from pyterrier_mech.anatomy.model import Batch, ModelMap, first_position
+from pyterrier_mech.anatomy.model import Batch, first_position
 from pyterrier_mech.frames import Fields
 from pyterrier_mech.inputs.alignment import TYPES, UNALIGNED, UNCHANGED, Aligner, Alignment
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 
 ORIGINAL, PERTURBED = 'original', 'perturbed'
-
-
-class Reader(Protocol):
-    """What a ranker says of how it reads texts."""
-
-    @property
-    def towers(self) -> Sequence[Sequence[str]]:
-        """The fields that are read together, tower by tower."""
-
-    @property
-    def maker(self) -> InputMaker:
-        """Tokenizer and maximum length."""
-
-    @property
-    def map(self) -> ModelMap:
-        """The model."""
-
-    def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
-        """Returns the ids of the texts of a field."""
-
-    def unscored(self, fields: Sequence[str]) -> int:
-        """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
-
-
-class Tower(Protocol):
-    """The sequences of one tower of a ranker: of query and text together, or of one of them."""
-
-    fields: Sequence[str]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every row, special tokens included."""
-
-    def ids(self, row: int) -> np.ndarray:
-        """Returns the token ids of a row [tokens]."""
-
-    def types(self, row: int, inserted: bool = True) -> Sequence[str]:
-        """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
-
-    def unchanged(self, row: int) -> bool:
-        """Whether there is only one version of a row."""
-
-    def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, attention mask and segment ids of some rows, padded to the longest, [rows, tokens] each."""
 
 
 class PlainTower:
@@ -139,6 +95,10 @@ class AlignedTower:
         return ids, mask, segments
 
 
+Tower = PlainTower | AlignedTower
+"""The sequences of one tower of a ranker: of query and text together, or of one of them."""
+
+
 class Inputs:
     """Rows as a ranker reads them.
 
@@ -150,14 +110,14 @@ class Inputs:
         rest: Rows with one.
     """
 
-    def __init__(self, model: Reader, towers: Sequence[Tower], problems: Sequence[str]):
+    def __init__(self, model: Any, towers: Sequence[Tower], problems: Sequence[str]):
         """Holds what `plain` and `pairs` make."""
         self.model, self.towers, self.problems = model, towers, problems
         self.good = np.asarray([row for row, problem in enumerate(problems) if not problem], dtype=np.int64)
         self.rest = np.asarray([row for row, problem in enumerate(problems) if problem], dtype=np.int64)
 
     @classmethod
-    def plain(cls, model: Reader, queries: Sequence[str], texts: Sequence[str], *, types: bool = False) -> Inputs:
+    def plain(cls, model: Any, queries: Sequence[str], texts: Sequence[str], *, types: bool = False) -> Inputs:
         """Makes the inputs of one version, as the ranker scores it.
 
         Args:
@@ -177,12 +137,12 @@ class Inputs:
         return cls(model, towers, [''] * len(values['query']))
 
     @classmethod
-    def of_field(cls, model: Reader, field: str, texts: Sequence[str]) -> Inputs:
+    def of_field(cls, model: Any, field: str, texts: Sequence[str]) -> Inputs:
         """Makes the inputs of the tower of a bi-encoder that reads one field alone."""
         return cls(model, [PlainTower(model.maker, [model.tokenize(field, texts)], (field,), None)], [''] * len(texts))
 
     @classmethod
-    def pairs(cls, model: Reader, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
+    def pairs(cls, model: Any, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
         """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
         aligner = Aligner(model.maker, filler)
         ids = [{field: model.tokenize(field, texts[field]) for field in texts} for texts in (original, perturbed)]

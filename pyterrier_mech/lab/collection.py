@@ -89,8 +89,7 @@ class LabTextLoader(pt.Transformer):
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Looks the texts up."""
         pt.validate.columns(inp, includes=['docno'], context=self)
-        unknown = sorted(set(inp['docno']) - set(self.dataset.texts))
-        if unknown:
+        if unknown := sorted(set(inp['docno']) - set(self.dataset.texts)):
             raise KeyError(f'mech:lab has no document {unknown[0]!r} ({len(unknown)} such docnos in the frame)')
         return inp.assign(text=inp['docno'].map(self.dataset.texts).astype(str))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from pyterrier_mech.perturb import TDC, TFC1, Perturb
 from pyterrier_mech.prune import Fisher, PrunedReranker
 from pyterrier_mech.rankers import BiEncoder
 from pyterrier_mech.results import HeadEffects
+
+Frames = dict[str, pd.DataFrame]
+Systems = Mapping[str, pt.Transformer]
 
 FILES = {
     'heads.png': 'the heat maps: how much of the score change each attention head carries',
@@ -40,7 +43,7 @@ def run_demo(out: Path, *, cutoff: int = 3) -> None:
         ImportError: If the extra `demo` is not installed.
     """
     dataset = LabDataset()
-    topics, qrels = dataset.get_topics(), dataset.get_qrels()
+    topics = dataset.get_topics()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         with _without_native_output():
@@ -51,14 +54,14 @@ def run_demo(out: Path, *, cutoff: int = 3) -> None:
         edits = {type(axiom).__name__: Perturb(axiom) for axiom in (TDC(index), TFC1(index))}
 
         print(f'Ranking {len(topics)} topics over {len(dataset.texts)} passages, plain and edited')
-        table = experiment(bm25, text, model, edits, topics, qrels)
+        table = experiment(dataset, bm25, model, edits)
         frames, effects = {}, {}
         for name, edit in edits.items():
             print(f'Patching every head under {name}')
             patched = (bm25 % cutoff >> text >> edit >> PatchHeads(model))(topics)
             frames[name], effects[name] = patched, HeadEffects.from_frame(patched)
         print('Pruning MiniLM to half of its operations on one half of the topics, judging on the other')
-        parts = pruning(bm25, text, model, topics, qrels, out / 'pruned')
+        parts = pruning(dataset, bm25, model, out / 'pruned')
     write(out, frames, effects, table, parts)
 
 
@@ -85,66 +88,38 @@ def build_index(dataset: LabDataset, folder: str) -> Any:
 @contextmanager
 def _without_native_output() -> Iterator[None]:
     """Hides what native code prints, which goes past Python's own streams."""
-    saved = [os.dup(1), os.dup(2)]
-    hidden = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(hidden, 1)
-        os.dup2(hidden, 2)
+    with ExitStack() as undone, open(os.devnull, 'w') as hidden:
+        for stream in (1, 2):
+            saved = os.dup(stream)
+            undone.callback(os.close, saved)
+            undone.callback(os.dup2, saved, stream)
+            os.dup2(hidden.fileno(), stream)
         yield
-    finally:
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for descriptor in (*saved, hidden):
-            os.close(descriptor)
 
 
-def experiment(
-    bm25: pt.Transformer,
-    text: pt.Transformer,
-    model: pt.Transformer,
-    edits: Mapping[str, pt.Transformer],
-    topics: pd.DataFrame,
-    qrels: pd.DataFrame,
-) -> pd.DataFrame:
+def experiment(dataset: LabDataset, bm25: pt.Transformer, model: pt.Transformer, edits: Systems) -> pd.DataFrame:
     """Returns nDCG@10 of BM25, BM25 >> model, and the same under each edit."""
-    loaded = bm25 % 50 >> text
+    loaded = bm25 % 50 >> dataset.text_loader()
     systems = {'BM25': bm25, 'BM25 >> MiniLM': loaded >> model}
     systems |= {f'BM25 >> {name} >> MiniLM': loaded >> edit >> model for name, edit in edits.items()}
-    return pt.Experiment(
-        list(systems.values()),
-        topics,
-        qrels,
-        ['ndcg_cut_10'],
-        names=list(systems),
-        baseline=1,
-        plan='tree',
-        verbose=False,
-    )
+    return _judged(dataset, systems, dataset.get_topics(), plan='tree')
 
 
-def pruning(
-    bm25: pt.Transformer,
-    text: pt.Transformer,
-    model: BiEncoder,
-    topics: pd.DataFrame,
-    qrels: pd.DataFrame,
-    folder: Path,
-) -> dict[str, pd.DataFrame]:
+def _judged(dataset: LabDataset, systems: Systems, topics: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    """Returns nDCG@10 of each system, compared with the second."""
+    options |= {'names': list(systems), 'baseline': 1, 'verbose': False}
+    return pt.Experiment(list(systems.values()), topics, dataset.get_qrels(), ['ndcg_cut_10'], **options)
+
+
+def pruning(dataset: LabDataset, bm25: pt.Transformer, model: BiEncoder, folder: Path) -> Frames:
     """Prunes the model on every other topic, saves it, and returns tables: effectiveness and speed on the others."""
-    fitted, judged = topics.iloc[::2], topics.iloc[1::2]
+    fitted, judged = dataset.get_topics().iloc[::2], dataset.get_topics().iloc[1::2]
     pruned = PrunedReranker(model, Fisher(), 0.5, allocation='adaptive')
-    first = bm25 % 20 >> text
-    pruned.fit(first.transform(fitted), qrels)
+    first = bm25 % 20 >> dataset.text_loader()
+    pruned.fit(first.transform(fitted), dataset.get_qrels())
     pruned.save(folder, overwrite=True)
-    table = pt.Experiment(
-        [bm25, first >> model, first >> pruned],
-        judged,
-        qrels,
-        ['ndcg_cut_10'],
-        names=['BM25', 'BM25 >> MiniLM', 'BM25 >> pruned MiniLM'],
-        baseline=1,
-        verbose=False,
-    )
+    systems = {'BM25': bm25, 'BM25 >> MiniLM': first >> model, 'BM25 >> pruned MiniLM': first >> pruned}
+    table = _judged(dataset, systems, judged)
     speed = efficiency(pruned, pd.DataFrame(first.transform(judged)), batch_sizes=[None])
     kept = ['ranker', 'encoder_parameters', 'flops', 'ms', 'speedup', 'flops_ratio', 'parameters_ratio']
     return {
@@ -154,13 +129,7 @@ def pruning(
     }
 
 
-def write(
-    out: Path,
-    frames: dict[str, pd.DataFrame],
-    effects: dict[str, HeadEffects],
-    table: pd.DataFrame,
-    more: dict[str, pd.DataFrame],
-) -> None:
+def write(out: Path, frames: Frames, effects: dict[str, HeadEffects], table: pd.DataFrame, more: Frames) -> None:
     """Prints the tables and writes all files."""
     from matplotlib.figure import Figure
 

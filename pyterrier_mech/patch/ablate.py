@@ -12,9 +12,9 @@ import torch
 from pyterrier_mech.frames import Fields, texts_of, with_columns
 from pyterrier_mech.inputs.batching import collected
 from pyterrier_mech.inputs.inputs import Inputs
-from pyterrier_mech.patch.engine import engine_for, traced
+from pyterrier_mech.patch.engine import engine_for, traced, variants_of
 from pyterrier_mech.patch.replacement import VALUES, Replacement, check_value, keys
-from pyterrier_mech.provenance import Analysis
+from pyterrier_mech.provenance import Analysis, noted
 from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage, choice, units
 from pyterrier_mech.units import HEADS, Unit, Units
@@ -96,7 +96,7 @@ class AblateHeads(Keeping, Ablation):
         else:
             scores = np.zeros((1 + len(heads), 0), dtype=np.float32)
         effects = {unit.name: scores[1 + i] - scores[0] for i, unit in enumerate(heads)}
-        settings = {'value': self.value, 'seed': self.seed, 'model': self.model.noted}
+        settings = {'value': self.value, 'seed': self.seed, 'model': noted(self.model)}
         return with_columns(
             inp, {'score_plain': scores[0], **effects}, Analysis('AblateHeads', settings, list(effects))
         )
@@ -120,7 +120,7 @@ class AblateHeads(Keeping, Ablation):
                     return original
                 values = replacement.values(inputs, tower, rows, [read[tower][row] for row in rows])
                 targets = {site: values(site).to(original.dtype) for site in touched}
-                return torch.cat([original, engine.vectors(base, targets, heads, budget.tokens)])
+                return torch.cat([original, engine.vectors(base, targets, variants_of(heads), budget.tokens)])
 
             def step(rows: np.ndarray) -> np.ndarray:
                 return as_numpy(model.read([vectors(tower, rows) for tower in range(len(model.towers))]))

@@ -12,26 +12,47 @@ import torch
 from pyterrier_mech.anatomy.model import ModelMap, Run, Values
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.hooked import Hooked
-from pyterrier_mech.patch.wavefront import Wavefront
-from pyterrier_mech.units import HEADS, Unit
+from pyterrier_mech.patch.wavefront import Variant, Wavefront
+from pyterrier_mech.units import HEADS, Site, Unit
 
 _logger = logging.getLogger('pyterrier_mech')
 _told: set[str] = set()
 
 
 class Engine(Protocol):
-    """Replaces the outputs of heads, one head at a time."""
+    """Replaces sites, or heads of them, one at a time."""
 
-    def vectors(self, base: Run, targets: Values, heads: Sequence[Unit], batch_tokens: int) -> torch.Tensor:
-        """Returns the vectors [heads, pairs, d] of the base run with one head at a time replaced.
+    def vectors(self, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int) -> torch.Tensor:
+        """Returns the vectors [variants, pairs, d] of the base run with one thing at a time replaced.
 
         Args:
-            base: A run by `traced`.
-            targets: For the sites of the heads, joined head outputs to take a head's from, broadcastable to
-                [pairs, tokens, heads·d_h].
-            heads: The heads, sorted.
+            base: A run by `traced`, with the sites of the variants.
+            targets: For these sites, what to put there, broadcastable to [pairs, tokens, width].
+            variants: What is replaced, sorted by layer.
             batch_tokens: Tokens of the variants that are in memory at a time, padding included.
         """
+
+
+def variants_of(heads: Sequence[Unit]) -> list[Variant]:
+    """Returns the variants that replace a head each."""
+    return [Variant(unit.site, unit.index) for unit in heads]
+
+
+def patched(
+    engine: Engine, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int, plain: torch.Tensor
+) -> torch.Tensor:
+    """As `Engine.vectors`; variants that change nothing take the vectors [pairs, d] of the base run, and no run."""
+    differs = {site: (targets[site] != base.values[site]).any(-1) for site in {variant.site for variant in variants}}
+    active = [
+        i
+        for i, variant in enumerate(variants)
+        if bool((differs[variant.site] if variant.where is None else differs[variant.site] & variant.where).any())
+    ]
+    vectors = plain.expand(len(variants), *plain.shape)
+    if active:
+        vectors = vectors.clone()
+        vectors[active] = engine.vectors(base, targets, [variants[i] for i in active], batch_tokens)
+    return vectors
 
 
 def engine_for(model: Any) -> Engine:
@@ -41,25 +62,30 @@ def engine_for(model: Any) -> Engine:
         return Wavefront(model.map, model.readout)
     if reason not in _told:
         _told.add(reason)
-        _logger.info('no fast engine (%s); replacing heads by one full forward each', reason)
+        _logger.info('no fast engine (%s); one full forward for each replacement', reason)
     return Hooked(model.map, model.readout)
 
 
-def traced(model: ModelMap, inputs: Inputs, tower: int, rows: np.ndarray, side: str = ORIGINAL) -> Run:
-    """Runs one side of some rows and records what engines need: inputs, head outputs and contexts of all layers."""
-    return model.run(inputs.batch(tower, rows, side), record=_sites(model), contexts=True)
+def traced(
+    model: ModelMap, inputs: Inputs, tower: int, rows: np.ndarray, side: str = ORIGINAL, kinds: Sequence[str] = (HEADS,)
+) -> Run:
+    """Runs one side of some rows and records what engines need: sites of some kinds, and what all layers are given."""
+    return model.run(inputs.batch(tower, rows, side), record=_sites(model, kinds), contexts=True)
 
 
-def traced_sides(model: ModelMap, inputs: Inputs, tower: int, rows: np.ndarray) -> tuple[Run, Run]:
+def traced_sides(
+    model: ModelMap, inputs: Inputs, tower: int, rows: np.ndarray, kinds: Sequence[str] = (HEADS,)
+) -> tuple[Run, Run]:
     """As `traced`, both sides at once; returns the original and the perturbed run."""
     sides = [inputs.batch(tower, rows, side) for side in (ORIGINAL, PERTURBED)]
+    record = _sites(model, kinds)
     if sides[0].tensors.keys() != sides[1].tensors.keys():
         # Only one side hides positions; the other keeps the numbers that the model gives by itself.
-        original, perturbed = (model.run(side, record=_sites(model), contexts=True) for side in sides)
+        original, perturbed = (model.run(side, record=record, contexts=True) for side in sides)
         return original, perturbed
-    both = model.run(sides[0].joined(sides[1]), record=_sites(model), contexts=True)
+    both = model.run(sides[0].joined(sides[1]), record=record, contexts=True)
     return both.rows(slice(0, len(rows))), both.rows(slice(len(rows), None))
 
 
-def _sites(model: ModelMap) -> list[Any]:
-    return [*model.sites('resid_pre'), *model.sites(HEADS)]
+def _sites(model: ModelMap, kinds: Sequence[str]) -> list[Site]:
+    return [site for kind in dict.fromkeys(['resid_pre', *kinds]) for site in model.sites(kind)]

@@ -13,18 +13,16 @@ import torch
 from pyterrier_mech.frames import Fields, two_versions, with_columns
 from pyterrier_mech.inputs.batching import collected
 from pyterrier_mech.inputs.inputs import Inputs
-from pyterrier_mech.patch.engine import Engine, engine_for, traced_sides
-from pyterrier_mech.patch.pairs import DIRECTIONS, no_pairs, pair_columns, started
-from pyterrier_mech.provenance import Analysis
+from pyterrier_mech.patch.engine import Engine, engine_for, variants_of
+from pyterrier_mech.patch.pairs import no_pairs, pair_columns, started
+from pyterrier_mech.patch.patching import Patching
 from pyterrier_mech.rankers.ranker import as_numpy
-from pyterrier_mech.stage import Keeping, ModelStage, choice, units
+from pyterrier_mech.stage import units
 from pyterrier_mech.units import HEADS, Unit
-
-EFFECTS = ('difference', 'normalized')
 
 
 @dataclass(eq=False, repr=False)
-class PatchHeads(Keeping, ModelStage):
+class PatchHeads(Patching):
     """How much each attention head carries the reaction of a ranker to an edit: exact activation patching.
 
     The ranker reads the original pair with the output of one head, at every position, replaced by what the head gives
@@ -65,9 +63,6 @@ class PatchHeads(Keeping, ModelStage):
 
     _: KW_ONLY
     heads: Any = units([HEADS], default=None)
-    direction: str = choice(DIRECTIONS)
-    effect: str = choice(EFFECTS)
-    filler: str | None = 'a'
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Patches every pair of a frame."""
@@ -76,25 +71,15 @@ class PatchHeads(Keeping, ModelStage):
         heads = self.chosen('heads')
         names = [unit.name for unit in heads]
         columns = self._patch(versions, heads, names) if len(inp) else no_pairs(names)
-        settings = {name: getattr(self, name) for name in ('direction', 'effect', 'filler')}
-        return with_columns(inp, columns, Analysis('PatchHeads', settings | {'model': self.model.noted}, names))
+        return with_columns(inp, columns, self._analysis(names))
 
     def _patch(self, versions: tuple[Fields, Fields], heads: list[Unit], names: Sequence[str]) -> dict[str, Any]:
         inputs = Inputs.pairs(self.model, *versions, self.filler)
         table = started(self.model, inputs, versions, len(heads))
         if len(inputs.good):
             table[:, inputs.good] = self.model.finite(self._scores(inputs, heads))
-        base, whole = self._base_and_change(table[0], table[1])
-        table[2:] -= base
-        if self.effect == 'normalized':
-            table[2:] /= np.where(whole == 0, np.nan, whole)
+        table[2:] = self._effects(table)
         return pair_columns(table, inputs.problems, names)
-
-    def _base_and_change(self, original: np.ndarray, perturbed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the scores of the run that is patched and the change that patching everything would make."""
-        if self.direction == 'perturbed_to_original':
-            return original.copy(), perturbed - original
-        return perturbed.copy(), original - perturbed
 
     def _scores(self, inputs: Inputs, heads: list[Unit]) -> np.ndarray:
         """Returns the scores [original, perturbed, heads…] x good rows."""
@@ -118,12 +103,10 @@ class PatchHeads(Keeping, ModelStage):
         self, engine: Engine, inputs: Inputs, tower: int, rows: np.ndarray, heads: list[Unit], batch_tokens: int
     ) -> torch.Tensor:
         """Returns the vectors of one tower [original, perturbed, heads…] x pairs x d."""
-        runs = traced_sides(self.model.map, inputs, tower, rows)
-        both = torch.stack([self.model.readout.represent(run.hidden, run.batch.scored) for run in runs])
-        base, source = runs if self.direction == 'perturbed_to_original' else runs[::-1]
+        both, (base, source) = self._both(inputs, tower, rows, [HEADS])
         if not heads:
             return both
         if all(inputs.towers[tower].unchanged(row) for row in rows):
             same = self.model.readout.represent(base.hidden, base.batch.scored)
             return torch.cat([both, same.expand(len(heads), -1, -1)])
-        return torch.cat([both, engine.vectors(base, source.values, heads, batch_tokens)])
+        return torch.cat([both, engine.vectors(base, source.values, variants_of(heads), batch_tokens)])

@@ -13,7 +13,6 @@ from pyterrier_mech.frames import Fields
 from pyterrier_mech.inputs.inputs import Inputs
 
 PATCHABLE = 'yes'
-DIRECTIONS = ('perturbed_to_original', 'original_to_perturbed')
 
 
 def reasons(inputs: Inputs) -> str:

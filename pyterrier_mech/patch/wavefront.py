@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from pyterrier_mech.anatomy.layers import Context, Layer
 from pyterrier_mech.anatomy.model import ModelMap, Run, Values
 from pyterrier_mech.anatomy.readouts import Readout, picked
-from pyterrier_mech.units import HEADS, Site, Unit
+from pyterrier_mech.units import HEADS, Site
 
 # On a CPU the work of a layer is cut into blocks whose intermediate values stay in the cache.
 _BLOCK_TOKENS = 1024
@@ -28,8 +30,22 @@ _BLOCK_TOKENS = 1024
 At = torch.Tensor | int | None
 
 
+class Variant(NamedTuple):
+    """A run with one thing patched.
+
+    Attributes:
+        site: Where.
+        unit: Which head of the site; None is the whole of it.
+        where: Which positions, True where patched [pairs, tokens]; None is all.
+    """
+
+    site: Site
+    unit: int | None = None
+    where: torch.Tensor | None = None
+
+
 class Wavefront:
-    """Patches heads of a plain encoder. Holds what depends on the weights alone, so keep one for many batches."""
+    """Patches sites of a plain encoder. Holds what depends on the weights alone, so keep one for many batches."""
 
     def __init__(self, model: ModelMap, readout: Readout):
         """Stores the map and what is read."""
@@ -37,53 +53,79 @@ class Wavefront:
         self.readout = readout
         self._folded: dict[int, _Folded] = {}
 
-    def vectors(self, base: Run, targets: Values, heads: Sequence[Unit], batch_tokens: int) -> torch.Tensor:
+    def vectors(self, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int) -> torch.Tensor:
         """See `Engine`."""
         n_pairs, n_tokens = base.batch.shape
         size = max(1, batch_tokens // (n_pairs * n_tokens))
-        chunks = [heads[start : start + size] for start in range(0, len(heads), size)]
+        chunks = [variants[start : start + size] for start in range(0, len(variants), size)]
         return torch.cat([self._chunk(base, targets, chunk) for chunk in chunks])
 
-    def _chunk(self, base: Run, targets: Values, heads: Sequence[Unit]) -> torch.Tensor:
+    def _chunk(self, base: Run, targets: Values, variants: Sequence[Variant]) -> torch.Tensor:
         n_pairs, n_tokens = base.batch.shape
         layers = self.map.layers
         like = base.values[Site('resid_pre', 0)]
-        states = like.new_empty(len(heads), n_pairs, n_tokens, like.shape[-1])
-        size = max(1, _BLOCK_TOKENS // (n_pairs * n_tokens)) if states.device.type == 'cpu' else len(heads)
+        states = like.new_empty(len(variants), n_pairs, n_tokens, like.shape[-1])
+        size = max(1, _BLOCK_TOKENS // (n_pairs * n_tokens)) if states.device.type == 'cpu' else len(variants)
         started, at = 0, None
-        for index in range(heads[0].site.layer, len(layers)):
+        for index in range(variants[0].site.layer, len(layers)):
             at = self.readout.at(base.batch.scored) if index == len(layers) - 1 else None
             read = slice(None) if at is None else slice(0, 1)
             for k in range(0, started, size):
                 rows = slice(k, min(k + size, started))
                 states[rows, :, read] = _go_on(layers[index], states[rows], base.contexts[index], at)
-            starting = [unit.index for unit in heads if unit.site.layer == index]
-            for k in range(0, len(starting), size):
-                block = starting[k : k + size]
-                rows = slice(started, started + len(block))
-                states[rows, :, read] = self._start(base, targets, layers[index], index, block, at)
-                started = rows.stop
+            starting = [variant for variant in variants if variant.site.layer == index]
+            for _, alike in groupby(starting, lambda variant: variant.site.kind):
+                same = list(alike)
+                for k in range(0, len(same), size):
+                    block = same[k : k + size]
+                    rows = slice(started, started + len(block))
+                    states[rows, :, read] = self._start(base, targets, layers[index], block, at)
+                    started = rows.stop
         if at is not None:
             return self.map.final_norm(states[:, :, :1])[:, :, 0]
         return self.readout.represent(self.map.final_norm(states), base.batch.scored)
 
-    def _start(
-        self, base: Run, targets: Values, layer: Layer, index: int, heads: Sequence[int], at: At
-    ) -> torch.Tensor:
-        """Returns the layer's output with each of `heads` patched, [heads, pairs, tokens, d]."""
-        site = Site(HEADS, index)
-        x, z = base.values[Site('resid_pre', index)], base.values[site]
+    def _start(self, base: Run, targets: Values, layer: Layer, block: Sequence[Variant], at: At) -> torch.Tensor:
+        """Returns the layer's output with each variant of one site patched, [variants, pairs, tokens, d]."""
+        site = block[0].site
+        if site.kind == HEADS:
+            return self._start_heads(base, targets, layer, block, at)
+        where = torch.stack([_everywhere(base) if variant.where is None else variant.where for variant in block])
+
+        def of(kind: str) -> torch.Tensor:
+            value = base.values[Site(kind, site.layer)]
+            return value if at is None else picked(value, at)
+
+        if site.kind == 'resid_pre':
+            states = torch.where(where.unsqueeze(-1), targets[site], base.values[site])
+            return _go_on(layer, states, base.contexts[site.layer], at)
+        target = targets[site] if at is None else picked(targets[site], at)
+        # What becomes of a position does not depend on the others: once for all variants.
+        if site.kind == 'attn_out':
+            out = layer.after_attention(of('resid_pre'), target.clone())
+        else:
+            out = layer.after_mlp(layer.attended(of('resid_pre'), of('attn_out').clone()), target.clone())
+        mask = where if at is None else torch.stack([picked(one, at) for one in where])
+        return torch.where(mask.unsqueeze(-1), out, of('resid_post'))
+
+    def _start_heads(self, base: Run, targets: Values, layer: Layer, block: Sequence[Variant], at: At) -> torch.Tensor:
+        site = block[0].site
+        x, z = base.values[Site('resid_pre', site.layer)], base.values[site]
         change = targets[site].expand_as(z) - z
         if at is not None:
             x, z, change = picked(x, at), picked(z, at), picked(change, at)
-        per_head = torch.stack([change[..., layer.columns(h)] for h in heads])
-        weight = torch.stack([layer.attention_out.weight[:, layer.columns(h)].T for h in heads])
+        heads = [variant.unit or 0 for variant in block]
+        per_head = torch.stack([change[..., layer.columns(head)] for head in heads])
+        for one, variant in zip(per_head, block, strict=True):
+            if variant.where is not None:
+                one *= (variant.where if at is None else picked(variant.where, at)).unsqueeze(-1)
+        weight = torch.stack([layer.attention_out.weight[:, layer.columns(head)].T for head in heads])
         moved = torch.bmm(per_head.flatten(1, 2), weight).view(len(heads), *x.shape)
         if at is not None or layer.family.norm_first or layer.family.gated:
             return layer.after_attention(x, moved.add_(layer.attention_out(z)))
-        if index not in self._folded:
-            self._folded[index] = _fold(layer)
-        return _finish_low_rank(layer, self._folded[index], x + layer.attention_out(z), moved, per_head, heads)
+        if site.layer not in self._folded:
+            self._folded[site.layer] = _fold(layer)
+        return _finish_low_rank(layer, self._folded[site.layer], x + layer.attention_out(z), moved, per_head, heads)
 
 
 @dataclass
@@ -137,6 +179,10 @@ def _finish_low_rank(
     torch.addcmul(folded.constant, hidden, scale.flatten(1, 2), out=hidden)
     out = layer.mlp_out(layer.activate(hidden)).view_as(a)
     return layer.part('norm_mlp')(out.add_(a))
+
+
+def _everywhere(base: Run) -> torch.Tensor:
+    return torch.ones(base.batch.shape, dtype=torch.bool, device=base.batch.scored.device)
 
 
 def _go_on(layer: Layer, states: torch.Tensor, context: Context, at: At) -> torch.Tensor:

@@ -7,16 +7,12 @@ whether the score should rise. Axioms ask a collection for its terms and documen
 ``CollectionStatistics``; ``collection_statistics`` makes one from an index, a frame, an iterable or a dataset.
 """
 
+from pyterrier_mech.perturb._documents import DocumentStatistics
+from pyterrier_mech.perturb._pisa import PisaStatistics
+from pyterrier_mech.perturb._terrier import TerrierStatistics
 from pyterrier_mech.perturb.axioms import LNC1, TDC, TFC1, TFC2, Axiom
 from pyterrier_mech.perturb.stage import Perturb, Perturbation, perturbation
-from pyterrier_mech.perturb.statistics import (
-    CollectionStatistics,
-    DocumentStatistics,
-    PisaStatistics,
-    TerrierStatistics,
-    collection_statistics,
-    idf,
-)
+from pyterrier_mech.perturb.statistics import CollectionStatistics, collection_statistics, idf
 
 __all__ = [
     'LNC1',

@@ -50,7 +50,20 @@ def plain_terms(text: str) -> list[tuple[str, str]]:
     return [(word, word) for word in plain_words(text) if word not in STOP_WORDS]
 
 
-class DocumentStatistics:
+class Keyed:
+    """What is equal, and hashes, by `_key`, which subclasses give."""
+
+    def _key(self) -> tuple[object, ...]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, type(self)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+class DocumentStatistics(Keyed):
     """Statistics of documents that are in no index.
 
     The documents are read once, when the first number is asked for, and each counts once per term. Two objects are
@@ -113,19 +126,13 @@ class DocumentStatistics:
         corpus_iter = getattr(self.source, 'get_corpus_iter', None)
         return self.source if corpus_iter is None else corpus_iter(verbose=False)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, DocumentStatistics):
-            return NotImplemented
-        return self.source is other.source and self.text_field == other.text_field
-
-    def __hash__(self) -> int:
-        return hash((DocumentStatistics, id(self.source), self.text_field))
+    def _key(self) -> tuple[object, ...]:
+        return DocumentStatistics, id(self.source), self.text_field
 
     def __repr__(self) -> str:
-        if isinstance(self.source, pd.DataFrame):
-            source = f'<frame of {len(self.source)} documents>'
-        elif isinstance(self.source, (list, tuple)):
-            source = f'<{type(self.source).__name__} of {len(self.source)} documents>'
+        if isinstance(self.source, (pd.DataFrame, list, tuple)):
+            kind = 'frame' if isinstance(self.source, pd.DataFrame) else type(self.source).__name__
+            source = f'<{kind} of {len(self.source)} documents>'
         else:
             source = repr(self.source)
         return f'DocumentStatistics({source}, text_field={self.text_field!r})'

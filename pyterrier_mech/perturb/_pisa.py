@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pyterrier_mech.perturb._documents import Keyed
 
-class PisaStatistics:
+
+class PisaStatistics(Keyed):
     """Statistics of a PISA index, with its own tokeniser and stemmer.
 
     PISA keeps stop words in the index and drops them when it retrieves, so they are dropped from queries here.
@@ -87,12 +89,6 @@ class PisaStatistics:
         if not isinstance(stops, str) and isinstance(stops, Iterable):
             stops = frozenset(stops)
         return PisaStatistics, Path(self.index.path).resolve(), self.index.stemmer, stops
-
-    def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, PisaStatistics) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._key())
 
     def __getstate__(self) -> dict[str, Any]:
         return {'index': self.index, 'stops': self.stops}

@@ -8,6 +8,8 @@ from typing import Any
 
 import pyterrier as pt
 
+from pyterrier_mech.perturb._documents import Keyed
+
 
 def terrier_index(source: Any) -> pt.terrier.TerrierIndex:  # noqa: ANN401 - a Java object
     """Returns a Java ``Index`` or ``IndexRef`` as a ``TerrierIndex``, by its folder where it has one.
@@ -22,7 +24,7 @@ def terrier_index(source: Any) -> pt.terrier.TerrierIndex:  # noqa: ANN401 - a J
     return pt.terrier.TerrierIndex.coerce(source)
 
 
-class TerrierStatistics:
+class TerrierStatistics(Keyed):
     """Statistics of a Terrier index, with the tokeniser and the term pipeline that its properties record.
 
     Words that the term pipeline drops are its stop words. Java starts when the first number is asked for. Two objects
@@ -78,12 +80,10 @@ class TerrierStatistics:
     def _pipeline(self) -> list[Any]:
         # One accessor per stage: Java's variable argument list takes only one name from Python.
         accessor = pt.java.autoclass('org.terrier.terms.BaseTermPipelineAccessor')
-        stages = []
-        for name in self._property('termpipelines', '').split(','):
-            if name.strip():
-                stage = accessor(name.strip())
-                stage.setIndex(self._java_index)
-                stages.append(stage)
+        names = map(str.strip, self._property('termpipelines', '').split(','))
+        stages = [accessor(name) for name in names if name]
+        for stage in stages:
+            stage.setIndex(self._java_index)
         return stages
 
     def _property(self, name: str, default: str) -> str:
@@ -97,12 +97,6 @@ class TerrierStatistics:
     def _key(self) -> tuple[object, ...]:
         path = self.index.path
         return TerrierStatistics, path.resolve() if isinstance(path, Path) else id(self.index), self.tokeniser
-
-    def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, TerrierStatistics) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._key())
 
     def __getstate__(self) -> dict[str, Any]:
         index = self.index

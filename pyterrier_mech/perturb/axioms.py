@@ -12,9 +12,8 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 from pyterrier_mech.draws import generator
-from pyterrier_mech.perturb.statistics import CollectionStatistics, collection_statistics, idf, plain_terms, plain_words
-
-_FANG_2004 = 'Fang, Tao and Zhai: A Formal Study of Information Retrieval Heuristics. SIGIR 2004.'
+from pyterrier_mech.perturb._documents import plain_terms, plain_words
+from pyterrier_mech.perturb.statistics import CollectionStatistics, collection_statistics, idf
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Axiom:
     seed: int = field(default=0, kw_only=True)
     location: str = field(default='end', kw_only=True)
 
-    citation: ClassVar[str] = _FANG_2004
+    citation: ClassVar[str] = 'Fang, Tao and Zhai: A Formal Study of Information Retrieval Heuristics. SIGIR 2004.'
     expected: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -66,15 +65,26 @@ class Axiom:
     def _pairs(self, text: str) -> list[tuple[str, str]]:
         return plain_terms(text) if self.statistics is None else self.statistics.query_terms(text)
 
-    def _draw(self, words: Sequence[str], k: int, query: str, text: str) -> list[str]:
-        if not words:
-            return []
-        drawn = generator(int(self.seed), query, text)
-        return [words[int(drawn.random() * len(words))] for _ in range(k)]
+    def _draw(self, words: Iterable[str], k: int, query: str, text: str) -> list[str]:
+        distinct, drawn = list(dict.fromkeys(words)), generator(int(self.seed), query, text)
+        return [distinct[int(drawn.random() * len(distinct))] for _ in range(k if distinct else 0)]
 
 
 @dataclass(frozen=True)
-class TFC1(Axiom):
+class _Counted(Axiom):
+    """An axiom that adds ``k`` terms."""
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the parameters, as ``Axiom`` does, and that ``k`` is at least 1."""
+        super().__post_init__()
+        if not isinstance(self.k, Integral) or self.k < 1:
+            raise ValueError(f'k={self.k!r}: must be a whole number of at least 1.')
+
+
+@dataclass(frozen=True)
+class TFC1(_Counted):
     """TFC1: one more occurrence of a query term raises the score.
 
     The term is drawn evenly from the distinct query words that are not stop words, whether or not the collection
@@ -87,20 +97,13 @@ class TFC1(Axiom):
         location: ``'end'`` or ``'start'``.
     """
 
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        """Checks the parameters, as ``Axiom`` does, and that ``k`` is at least 1."""
-        super().__post_init__()
-        _check_count(self.k)
-
     def terms(self, query: str, text: str) -> list[str]:
         """Returns ``k`` drawn query words."""
-        return self._draw(_distinct(word for word, _ in self._pairs(query)), self.k, query, text)
+        return self._draw((word for word, _ in self._pairs(query)), self.k, query, text)
 
 
 @dataclass(frozen=True)
-class TFC2(Axiom):
+class TFC2(_Counted):
     """TFC2: each further occurrence of a query term raises the score by less.
 
     The same term is added ``k`` times; it is the one that ``TFC1`` with the same seed adds first, for every ``k``, so
@@ -114,16 +117,9 @@ class TFC2(Axiom):
         location: ``'end'`` or ``'start'``.
     """
 
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        """Checks the parameters, as ``Axiom`` does, and that ``k`` is at least 1."""
-        super().__post_init__()
-        _check_count(self.k)
-
     def terms(self, query: str, text: str) -> list[str]:
         """Returns one drawn query word, ``k`` times."""
-        return self._draw(_distinct(word for word, _ in self._pairs(query)), 1, query, text) * self.k
+        return self._draw((word for word, _ in self._pairs(query)), 1, query, text) * self.k
 
 
 @dataclass(frozen=True)
@@ -152,13 +148,11 @@ class TDC(Axiom):
         """Returns the query word with the highest IDF."""
         statistics: CollectionStatistics = self.statistics
         known = [(word, term) for word, term in statistics.query_terms(query) if statistics.df(term) > 0]
-        if not known:
-            return []
-        return [max(known, key=lambda pair: idf(statistics, pair[1]))[0]]
+        return [max(known, key=lambda pair: idf(statistics, pair[1]))[0]] if known else []
 
 
 @dataclass(frozen=True)
-class LNC1(Axiom):
+class LNC1(_Counted):
     """LNC1: terms that are not in the query do not raise the score.
 
     ``expected`` is -1 for "not up": an unchanged score keeps the axiom too.
@@ -172,7 +166,6 @@ class LNC1(Axiom):
         location: ``'end'`` or ``'start'``.
     """
 
-    k: int = 1
     words: Sequence[str] | None = None
 
     expected: ClassVar[int] = -1
@@ -180,7 +173,6 @@ class LNC1(Axiom):
     def __post_init__(self) -> None:
         """Checks the parameters, as ``Axiom`` does, and stores ``words`` as a tuple."""
         super().__post_init__()
-        _check_count(self.k)
         if self.words is None:
             return
         # A set is refused with the rest: its order, and so the draw, changes from process to process.
@@ -200,17 +192,8 @@ class LNC1(Axiom):
         # Stop words of the query are query words too, though no pair holds them.
         in_query = {term for _, term in self._pairs(query)} | set(plain_words(query))
         others = [word for word, term in candidates if word.lower() not in in_query and term not in in_query]
-        return self._draw(_distinct(others), self.k, query, text)
+        return self._draw(others, self.k, query, text)
 
     def _term(self, word: str) -> str:
         pairs = self._pairs(word)
         return pairs[0][1] if pairs else word.lower()
-
-
-def _check_count(k: int) -> None:
-    if not isinstance(k, Integral) or k < 1:
-        raise ValueError(f'k={k!r}: must be a whole number of at least 1.')
-
-
-def _distinct(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))

@@ -122,7 +122,12 @@ class Perturb(Stage, Keeping):
         edited = _edited(inp)
         inp = _made_room(inp, column, edited)
         perturbed = [self._perturbed(inp, row, query, text) for row, (query, text) in enumerate(zip(queries, texts))]
-        self._warn_unchanged(inp, [row for row, pair in enumerate(zip(before, perturbed)) if pair[0] == pair[1]])
+        if rows := [row for row, pair in enumerate(zip(before, perturbed)) if pair[0] == pair[1]]:
+            warnings.warn(
+                f'{self!r} left {len(rows)} of {len(inp)} rows unchanged, the first at {row_name(inp, rows[0])}: '
+                'the perturbation found nothing to do there.',
+                stacklevel=2,
+            )
         first = inp.get(f'{column}_0', inp[column])
         originals = [old if column in names else now for old, now, names in zip(first, before, edited)]
         new = {
@@ -140,14 +145,6 @@ class Perturb(Stage, Keeping):
         if not isinstance(result, str):
             raise TypeError(f'{self!r} got {result!r} at {row_name(inp, row)}: a perturbation returns a string.')
         return result
-
-    def _warn_unchanged(self, inp: pd.DataFrame, rows: list[int]) -> None:
-        if rows:
-            warnings.warn(
-                f'{self!r} left {len(rows)} of {len(inp)} rows unchanged, the first at {row_name(inp, rows[0])}: '
-                'the perturbation found nothing to do there.',
-                stacklevel=3,
-            )
 
     def _label(self) -> str:
         return f'Perturb {_name(self.perturbation)}'

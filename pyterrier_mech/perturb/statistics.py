@@ -17,20 +17,9 @@ from typing import Any, Protocol
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_mech.perturb._documents import DocumentStatistics, plain_terms, plain_words
+from pyterrier_mech.perturb._documents import DocumentStatistics
 from pyterrier_mech.perturb._pisa import PisaStatistics
 from pyterrier_mech.perturb._terrier import TerrierStatistics, terrier_index
-
-__all__ = [
-    'CollectionStatistics',
-    'DocumentStatistics',
-    'PisaStatistics',
-    'TerrierStatistics',
-    'collection_statistics',
-    'idf',
-    'plain_terms',
-    'plain_words',
-]
 
 
 class CollectionStatistics(Protocol):

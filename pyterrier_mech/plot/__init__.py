@@ -1,7 +1,5 @@
 """Matplotlib figures of results. They need ``pip install 'pyterrier-mech[plot]'``, and touch no global style."""
 
-from __future__ import annotations
-
 from pyterrier_mech.plot.circuit import circuit
 from pyterrier_mech.plot.faithfulness import faithfulness
 from pyterrier_mech.plot.heads import heads

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MINUS = '\N{MINUS SIGN}'
+_LEGEND: dict[str, Any] = {'frameon': False, 'borderpad': 0, 'handletextpad': 0.5, 'columnspacing': 1.5}
 
 
 def new_figure(size: tuple[float, float], layout: str | None = 'constrained') -> Figure:
@@ -20,30 +21,25 @@ def new_figure(size: tuple[float, float], layout: str | None = 'constrained') ->
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout=cast('Any', layout))
+    return require_matplotlib()(figsize=size, layout=cast('Any', layout))
 
 
-def require_matplotlib() -> None:
-    """Checks that Matplotlib can be imported.
+def require_matplotlib() -> type[Figure]:
+    """Checks that Matplotlib can be imported, and returns its class of figures.
 
     Raises:
         ImportError: If not; the message says how to install it.
     """
     try:
-        from matplotlib.figure import Figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Figures need Matplotlib. Run `pip install 'pyterrier-mech[plot]'`.") from error
+    return Figure
 
 
-def figure_and_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """Returns the axes to draw on and their figure: `ax`, or those of a new figure."""
-    if ax is not None:
-        return cast('Figure', ax.get_figure(root=True)), ax
-    figure = new_figure(size)
-    return figure, figure.subplots()
+def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Returns the axes to draw on: `ax`, or those of a new figure."""
+    return new_figure(size).subplots() if ax is None else ax
 
 
 def grid_size(n_layers: int, n_heads: int) -> tuple[float, float]:
@@ -87,18 +83,8 @@ def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
     # `figure` is a part of one where the axes stand in a part.
     figure = cast('Figure', ax.figure)
     below_label = ax.transAxes + ScaledTranslation(0, -0.42, figure.dpi_scale_trans)
-    legend = ax.legend(
-        handles=handles,
-        loc='upper center',
-        bbox_to_anchor=(0.5, 0),
-        bbox_transform=below_label,
-        ncols=ncols,
-        fontsize=8,
-        frameon=False,
-        borderpad=0,
-        handletextpad=0.5,
-        columnspacing=1.5,
-    )
+    place: dict[str, Any] = {'loc': 'upper center', 'bbox_to_anchor': (0.5, 0), 'bbox_transform': below_label}
+    legend = ax.legend(handles=handles, ncols=ncols, fontsize=8, **place, **_LEGEND)
     if figure.get_layout_engine() is None:
         below = legend.get_window_extent().transformed(figure.transSubfigure.inverted()).y0
         if below < 0:
@@ -112,13 +98,16 @@ def inks(colours: np.ndarray) -> np.ndarray:
     return np.where(colours[..., :3] ** 2.2 @ [0.2126, 0.7152, 0.0722] > 0.22, 'black', 'white')
 
 
-def finish(ax: Axes, title: str | None, *beside: Axes) -> None:
+def finish(ax: Axes, title: str | None, *beside: Axes) -> Figure:
     """Puts a title above the axes, if there is one, and makes every text literal: a dollar sign is money here.
 
     Args:
         ax: The axes of the figure, with what stands inside them.
         title: The title.
         beside: Axes that were made for them, such as that of a colour bar.
+
+    Returns:
+        Their figure.
     """
     from matplotlib.text import Text
     from matplotlib.ticker import ScalarFormatter
@@ -131,6 +120,7 @@ def finish(ax: Axes, title: str | None, *beside: Axes) -> None:
                 formatter.set_useMathText(False)
         for text in part.findobj(Text):
             cast('Text', text).set_parse_math(False)
+    return cast('Figure', ax.get_figure(root=True))
 
 
 def check_kind(value: Any, kind: type, way_out: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyterrier_mech.plot._style import check_kind, figure_and_axes, finish, grid_size, head_axes, legend_below
+from pyterrier_mech.plot._style import axes_or_new, check_kind, finish, grid_size, head_axes, legend_below
 from pyterrier_mech.results.circuit import UNKNOWN, Circuit
 
 if TYPE_CHECKING:
@@ -27,11 +27,7 @@ _LARGEST, _SMALLEST = 120.0, 12.0
 
 
 def circuit(
-    circuit: Circuit,
-    *,
-    head_counts: Sequence[int] | None = None,
-    ax: Axes | None = None,
-    title: str | None = None,
+    circuit: Circuit, *, head_counts: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """Draws the heads of a circuit in the grid of all heads, layers as rows and heads as columns.
 
@@ -57,7 +53,7 @@ def circuit(
     heads = circuit.heads
     counts = _head_counts(circuit, head_counts)
     width = max(counts)
-    figure, ax = figure_and_axes(ax, grid_size(len(counts), width))
+    ax = axes_or_new(ax, grid_size(len(counts), width))
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -70,19 +66,11 @@ def circuit(
     for role, (colour, marker) in _styles(heads['role'].tolist()).items():
         rows = (heads['role'] == role).to_numpy()
         face = [colour if not value < 0 else 'white' for value in effect[rows]]
-        ax.scatter(
-            heads['head'][rows] + 0.5,
-            heads['layer'][rows] + 0.5,
-            s=area[rows],
-            c=face,
-            marker=marker,
-            edgecolors=colour,
-            linewidths=1.2,
-        )
+        x, y = heads['head'][rows] + 0.5, heads['layer'][rows] + 0.5
+        ax.scatter(x, y, s=area[rows], c=face, marker=marker, edgecolors=colour, linewidths=1.2)
     _neuron_counts(ax, circuit, len(counts), width)
     legend_below(ax, _handles(heads['role'].tolist(), effect, largest), ncols=3 if width >= 8 else 2)
-    finish(ax, title)
-    return figure
+    return finish(ax, title)
 
 
 def _head_counts(circuit: Circuit, given: Sequence[int] | None) -> list[int]:
@@ -126,23 +114,14 @@ def _handles(roles: Sequence[str], effect: np.ndarray, largest: float) -> list[A
     from matplotlib.lines import Line2D
 
     def handle(label: str, colour: str, marker: str, area: float, hollow: bool = False) -> Line2D:
-        return Line2D(
-            [],
-            [],
-            linestyle='',
-            label=label,
-            marker=marker,
-            markersize=area**0.5,
-            markerfacecolor='white' if hollow else colour,
-            markeredgecolor=colour,
-            markeredgewidth=1.2,
-        )
+        line = Line2D([], [], linestyle='', label=label, marker=marker, markersize=area**0.5)
+        line.set(markerfacecolor='white' if hollow else colour, markeredgecolor=colour, markeredgewidth=1.2)
+        return line
 
     styles = _styles(roles)
     handles = [handle(role, *style, 36) for role, style in styles.items() if list(styles) != [UNKNOWN]]
     if largest:
-        handles.append(handle(f'effect {largest:.2g}', '#4d4d4d', 'o', _LARGEST))
-        handles.append(handle(f'effect {largest / 4:.2g}', '#4d4d4d', 'o', _LARGEST / 4))
+        handles += [handle(f'effect {largest / n:.2g}', '#4d4d4d', 'o', _LARGEST / n) for n in (1, 4)]
     if (effect < 0).any():
         handles.append(handle('negative effect', '#4d4d4d', 'o', 36, hollow=True))
     return handles

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from pyterrier_mech.plot._style import check_kind, figure_and_axes, finish, legend_below, plain_axes
+from pyterrier_mech.plot._style import axes_or_new, check_kind, finish, legend_below, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +20,7 @@ _CIRCUIT, _RANDOM = '#0072b2', '#7f7f7f'
 
 
 def faithfulness(
-    curves: pd.DataFrame,
-    *,
-    column: str = 'faithfulness',
-    ax: Axes | None = None,
-    title: str | None = None,
+    curves: pd.DataFrame, *, column: str = 'faithfulness', ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """Draws a curve of `pyterrier_mech.faithfulness`: the circuit with its interval, and random circuits.
 
@@ -53,7 +49,7 @@ def faithfulness(
         raise ValueError(
             f'The frame has no {missing or "rows"}: give what faithfulness(model, circuit, frame) returned.'
         )
-    figure, ax = figure_and_axes(ax, (4.4, 3.2))
+    ax = axes_or_new(ax, (4.4, 3.2))
     handles = []
     own = curves[curves['kind'] == 'circuit'].sort_values('size')
     ax.fill_between(own['size'], own[f'{column}_low'], own[f'{column}_high'], color=_CIRCUIT, alpha=0.18, linewidth=0)
@@ -69,8 +65,7 @@ def faithfulness(
     ax.set_ylabel(_LABELS[column], fontsize=9)
     plain_axes(ax)
     legend_below(ax, handles)
-    finish(ax, title)
-    return figure
+    return finish(ax, title)
 
 
 def _size_axis(ax: Axes, sizes: list[int], unit: str) -> None:

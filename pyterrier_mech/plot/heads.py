@@ -7,27 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.plot._style import (
-    MINUS,
-    check_kind,
-    figure_and_axes,
-    finish,
-    grid_size,
-    head_axes,
-    inks,
-    legend_below,
-    require_matplotlib,
-)
+from pyterrier_mech.plot import _style
 from pyterrier_mech.results import HeadEffects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABELS = {
-    'ratio': 'share of the score change\ncarried by the head',
-    'mean': 'mean score change (logits)',
-}
+_LABELS = {'ratio': 'share of the score change\ncarried by the head', 'mean': 'mean score change (logits)'}
 _MISSING: dict[str, Any] = {'facecolor': '#f2f2f2', 'edgecolor': '#bdbdbd', 'hatch': '//////', 'linewidth': 0}
 
 
@@ -66,27 +53,27 @@ def heads(
     """
     if column not in _LABELS:
         raise ValueError(f'column must be one of {list(_LABELS)}; got column={column!r}')
-    require_matplotlib()
+    _style.require_matplotlib()
     if isinstance(effects, pd.DataFrame):
         effects = HeadEffects.from_frame(effects)
-    check_kind(effects, HeadEffects, 'HeadEffects, or the frame that PatchHeads returned; draw several one by one')
+    way_out = 'HeadEffects, or the frame that PatchHeads returned; draw several one by one'
+    _style.check_kind(effects, HeadEffects, way_out)
     matrix = effects.matrix(column, stack)
     if np.isnan(matrix).all():
         other = next(name for name in _LABELS if name != column)
         raise ValueError(f'No head has a {column}: all are NaN. Draw column={other!r}.')
 
-    figure, ax = figure_and_axes(ax, grid_size(*matrix.shape))
+    ax = _style.axes_or_new(ax, _style.grid_size(*matrix.shape))
     mesh = _cells(ax, matrix)
     colour_bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, aspect=30)
     colour_bar.outline.set_visible(False)
     colour_bar.ax.tick_params(labelsize=8)
     colour_bar.set_label(_LABELS[column], fontsize=9)
-    ink = inks(mesh.cmap(mesh.norm(np.nan_to_num(matrix))))
+    ink = _style.inks(mesh.cmap(mesh.norm(np.nan_to_num(matrix))))
     certain = _dots(ax, effects, column, stack, ink)
     _values(ax, matrix, annotate, ink)
     _legend(ax, certain, bool(np.isnan(matrix).any()), effects.confidence)
-    finish(ax, title, colour_bar.ax)
-    return figure
+    return _style.finish(ax, title, colour_bar.ax)
 
 
 def _cells(ax: Axes, matrix: np.ndarray) -> Any:  # noqa: ANN401
@@ -95,7 +82,7 @@ def _cells(ax: Axes, matrix: np.ndarray) -> Any:  # noqa: ANN401
         np.ma.masked_invalid(matrix), cmap='RdBu', vmin=-limit, vmax=limit, edgecolors='#d0d0d0', linewidth=0.4
     )
     ax.patch.set(**_MISSING)
-    head_axes(ax, *matrix.shape)
+    _style.head_axes(ax, *matrix.shape)
     return mesh
 
 
@@ -113,7 +100,7 @@ def _values(ax: Axes, matrix: np.ndarray, annotate: int, ink: np.ndarray) -> Non
     for index in np.argsort(-size, axis=None, kind='stable')[: max(annotate, 0)]:
         layer, head = np.unravel_index(index, matrix.shape)
         if size[layer, head] > 0:
-            text = f'{matrix[layer, head]:.{decimals}f}'.replace('-', MINUS)
+            text = f'{matrix[layer, head]:.{decimals}f}'.replace('-', _style.MINUS)
             ax.text(head + 0.5, layer + 0.56, text, color=ink[layer, head], fontsize=6.5, ha='center', va='center')
 
 
@@ -132,4 +119,4 @@ def _legend(ax: Axes, dots: bool, missing: bool, confidence: float) -> None:
         handles.append(Line2D([], [], color='black', marker='o', markersize=2.5, linestyle='', label=label))
     if missing:
         handles.append(Patch(**_MISSING, label='no data'))
-    legend_below(ax, handles)
+    _style.legend_below(ax, handles)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyterrier_mech.plot._style import check_kind, figure_and_axes, finish, legend_below, plain_axes
+from pyterrier_mech.plot._style import axes_or_new, check_kind, finish, legend_below, plain_axes
 from pyterrier_mech.results.neuron_effects import NeuronEffects
 
 if TYPE_CHECKING:
@@ -51,25 +51,17 @@ def neurons(
     bottom = effects.bottom(p, scheme, datasets=datasets)
     sizes = np.bincount(effects.to_frame()['layer'].to_numpy())
     layers = np.arange(len(sizes))
-    figure, ax = figure_and_axes(ax, (max(3.6, 0.42 * len(sizes) + 1.4), 3.0))
+    ax = axes_or_new(ax, (max(3.6, 0.42 * len(sizes) + 1.4), 3.0))
     handles: list[Any] = []
     for shift, units, colour, name in ((-0.2, top, _TOP, 'top'), (0.2, bottom, _BOTTOM, 'bottom')):
         share = np.bincount([unit.site.layer for unit in units], minlength=len(sizes)) / len(units)
         handles.append(ax.bar(layers + shift, 100 * share, 0.38, color=colour, label=f'{name} {p:g} %'))
     even = np.r_[sizes, sizes[-1]] / sizes.sum()
-    handles += ax.step(
-        np.r_[layers, len(sizes)] - 0.5,
-        100 * even,
-        where='post',
-        color=_EVEN,
-        linestyle='--',
-        linewidth=1,
-        label='if spread evenly',
-    )
+    edges = np.r_[layers, len(sizes)] - 0.5
+    handles += ax.step(edges, 100 * even, where='post', color=_EVEN, ls='--', lw=1, label='if spread evenly')
     ax.set_xticks(layers, [str(layer) for layer in layers])
     ax.set_xlabel('layer', fontsize=9)
     ax.set_ylabel('% of these neurons', fontsize=9)
     plain_axes(ax)
     legend_below(ax, handles, ncols=3)
-    finish(ax, title)
-    return figure
+    return finish(ax, title)

@@ -53,16 +53,14 @@ def tokens(
         left, top = _MARGIN / (72 * width), 1 - (_MARGIN + above) / height
         ax = figure.add_axes((left, _MARGIN / height, 1 - 2 * left, top - _MARGIN / height))
     else:
-        figure = cast('Figure', ax.get_figure(root=True))
         # Lays the figure out, so that the axes have their width.
-        figure.draw_without_rendering()
+        cast('Figure', ax.get_figure(root=True)).draw_without_rendering()
         places, n_lines = _places([_width(word) for word in words], ax.get_window_extent().width / ax.figure.dpi * 72)
     ax.axis('off')
     mappable = _mappable(effects)
     _draw(ax, words, places, mappable.to_rgba(effects))
     _colour_bar(ax, mappable, n_lines * _LINE)
-    finish(ax, title)
-    return figure
+    return finish(ax, title)
 
 
 def _content(row: Any) -> tuple[list[str], np.ndarray]:
@@ -70,8 +68,7 @@ def _content(row: Any) -> tuple[list[str], np.ndarray]:
         if len(row) != 1:
             raise ValueError(f'A frame of {len(row)} rows is not one row: give e.g. res.iloc[0]')
         row = row.iloc[0]
-    missing = [name for name in ('tokens', 'token_effects') if name not in row]
-    if missing:
+    if missing := [name for name in ('tokens', 'token_effects') if name not in row]:
         raise ValueError(f'The row has no {", ".join(map(repr, missing))}: give one that AttributeTokens returned')
     words, effects = [str(word) for word in row['tokens']], np.asarray(row['token_effects'], dtype=np.float64)
     if not words or effects.shape != (len(words),) or not np.isfinite(effects).all():
@@ -124,15 +121,7 @@ def _draw(ax: Axes, words: Sequence[str], places: Sequence[tuple[float, int, flo
         shape = FancyBboxPatch((x, bottom + 1.5), box, _LINE - 3, boxstyle='round,pad=0,rounding_size=2')
         shape.set(facecolor=colour, edgecolor='#e0e0e0', linewidth=0.4, transform=points, clip_on=False)
         ax.add_artist(shape)
-        ax.text(
-            x + _PAD,
-            bottom + _LINE / 2,
-            word,
-            fontsize=_POINTS,
-            color=ink,
-            va='center_baseline',
-            transform=points,
-        )
+        ax.text(x + _PAD, bottom + _LINE / 2, word, fontsize=_POINTS, color=ink, va='center_baseline', transform=points)
 
 
 def _colour_bar(ax: Axes, mappable: Any, depth: float) -> None:

@@ -52,6 +52,11 @@ class FitData:
         """Whether there are two versions of every row."""
         return bool({'text_0', EDITED} & set(self.frame.columns))
 
+    def has(self, need: str) -> bool:
+        """Whether there is what a step needs: 'text', 'text_0' or 'qrels'."""
+        texts = len(self.frame) > 0 and {'query', 'text'} <= set(self.frame.columns)
+        return {'text': texts, 'text_0': self.paired, 'qrels': self.qrels is not None}[need]
+
     @cached_property
     def plain(self) -> FitData:
         """The same rows as they were before an edit: what a ranker will be asked to rank.
@@ -91,8 +96,7 @@ def fit_data(frame: pd.DataFrame, qrels: pd.DataFrame | None, model: Ranker, tex
         ValueError: If the frame is empty, lacks columns or texts, or does not say what was edited; if the judgements
             lack columns, contradict each other, or are all of other queries.
     """
-    missing = [name for name in ('qid', 'query', 'docno', text_field) if name not in frame.columns]
-    if missing:
+    if missing := [name for name in ('qid', 'query', 'docno', text_field) if name not in frame.columns]:
         raise ValueError(
             f'the frame to fit on has no {", ".join(map(repr, missing))}: put a first stage and a text loader before, '
             'as in (bm25 % 50 >> text >> pruned).fit(topics, qrels, …)'

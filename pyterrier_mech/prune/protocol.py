@@ -10,15 +10,11 @@ from pyterrier_mech.prune.data import FitData
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.rankers.ranker import Ranker
 
-_WHAT = {
-    'text': 'queries and texts',
-    'text_0': 'a second version of each text',
-    'qrels': 'judgements',
-}
-_WAYS_OUT = {
-    'text': 'fit on a result frame with texts, as in (bm25 % 50 >> text >> pruned).fit(topics, qrels, …)',
-    'text_0': 'put Perturb(...) before the stage, or give perturbation=',
-    'qrels': 'give qrels to fit, or take a criterion that does without',
+_NEEDS = {
+    'text': 'queries and texts: fit on a result frame with texts, as in (bm25 % 50 >> text >> pruned).fit(topics, '
+    'qrels, …)',
+    'text_0': 'a second version of each text: put Perturb(...) before the stage, or give perturbation=',
+    'qrels': 'judgements: give qrels to fit, or take a criterion that does without',
 }
 
 
@@ -67,19 +63,9 @@ def check_step(step: Any, data: FitData | None) -> None:
     """
     if hasattr(step, 'check'):
         step.check()
-    for need in ('text', 'text_0', 'qrels'):
-        if need in step.needs and not _has(data, need):
-            raise ValueError(f'{type(step).__name__} needs {_WHAT[need]}: {_WAYS_OUT[need]}. It is {step!r}.')
-
-
-def _has(data: FitData | None, need: str) -> bool:
-    if data is None:
-        return False
-    if need == 'qrels':
-        return data.qrels is not None
-    if need == 'text_0':
-        return data.paired
-    return len(data.frame) > 0 and {'query', 'text'} <= set(data.frame.columns)
+    for need, what in _NEEDS.items():
+        if need in step.needs and (data is None or not data.has(need)):
+            raise ValueError(f'{type(step).__name__} needs {what}. It is {step!r}.')
 
 
 def check_method(name: str, step: Any, method: str, examples: str) -> None:

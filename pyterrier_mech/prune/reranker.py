@@ -139,7 +139,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
             if not isinstance(getattr(self, name), (Real, type(None))):
                 raise TypeError(f'{name} must be a number; got {name}={getattr(self, name)!r}')
 
-    def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def key(self) -> tuple[Any, ...]:
         """Returns everything that the result depends on: the settings, and what was fitted with them."""
         return (*super().key(), *((self.plan_, self.name_) if self.fitted else ()))
 
@@ -229,8 +229,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
         check_prunable(self.model)
         if (self.criterion, self.sparsity, self.speedup) != (None, None, None):
             raise ValueError('a plan takes the place of criterion, sparsity and speedup: leave them out')
-        gone = self.plan.check(self.model).removed & Units.of(self.protect)
-        if gone:
+        if gone := self.plan.check(self.model).removed & Units.of(self.protect):
             raise ValueError(f'the plan removes {gone.names[0]}, which is protected: leave protect out')
         return self.model
 
@@ -241,8 +240,7 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
             check_step(step, data)
             if 'qrels' in step.needs:
                 data.labels()
-        both = set() if validation is None else data.qids & validation.qids
-        if both:
+        if both := set() if validation is None else data.qids & validation.qids:
             raise ValueError(f'{len(both)} queries are in both training and validation, e.g. {min(both)!r}')
 
     def _choose(self, model: Ranker, data: FitData) -> tuple[Plan, UnitScores]:

@@ -16,7 +16,7 @@ from pyterrier_mech.rankers.cross_encoder import CrossEncoder
 from pyterrier_mech.rankers.loading import PRUNED, kept_counts
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.saving import save_ranker
-from pyterrier_mech.saving import META, appearing, damaged, read_meta, write_meta
+from pyterrier_mech.saving import META, appearing, damaged, header, is_of, read_meta, write_meta
 
 HISTORY = ('recovery', 'step', 'loss', 'validation')
 
@@ -56,23 +56,17 @@ class Fitted:
         Raises:
             FileExistsError: If `path` exists and may not be replaced.
         """
-
-        def ours(meta: dict[str, Any]) -> bool:
-            return _is_of(artifact, meta)
-
-        with appearing(path, overwrite=overwrite, ours=ours, what=artifact.__name__) as new:
+        with appearing(path, artifact, overwrite=overwrite) as new:
             save_ranker(self.model, new / _RANKER)
             self.plan.save(new / _PLAN)
-            summary = {
-                'ranker': type(self.model).__name__,
-                'settings': settings_of(self.model),
+            summary: dict[str, Any] = {'ranker': type(self.model).__name__, 'settings': settings_of(self.model)}
+            summary |= {
                 'made_by': made_by,
                 'qids': self.qids,
                 'name': self.name,
                 'history': self.history.to_dict('list'),
             }
-            hint = artifact.ARTIFACT_PACKAGE_HINT  # type: ignore[attr-defined]
-            write_meta(new, {**_type_of(artifact), 'package_hint': hint, 'summary': summary})
+            write_meta(new, {**header(artifact), 'summary': summary})
 
     @classmethod
     def load(cls, path: Path, artifact: type[pt.Artifact]) -> Fitted:
@@ -86,7 +80,7 @@ class Fitted:
         if not path.exists():
             raise FileNotFoundError(f'There is no {str(path)!r}: give the folder that {name}.save(path) made.')
         meta = read_meta(path)
-        if not _is_of(artifact, meta):
+        if not is_of(artifact, meta):
             raise ValueError(
                 f'{str(path)!r} holds no saved {name}: give the folder that {name}.save(path) made. To prune a model '
                 f'give the ranker, e.g. {name}(CrossEncoder(...)).'
@@ -115,14 +109,5 @@ _SETTINGS = ('text_field', 'dtype', 'label')
 def settings_of(model: Ranker) -> dict[str, Any]:
     """Returns the settings that the files of a saved ranker do not say."""
     dtype = model.dtype or str(model.map.dtype).removeprefix('torch.')
-    return {'text_field': model.text_field, 'dtype': dtype} | (
-        {'label': model.label} if hasattr(model, 'label') else {}
-    )
-
-
-def _type_of(artifact: type[pt.Artifact]) -> dict[str, str]:
-    return {'type': artifact.ARTIFACT_TYPE, 'format': artifact.ARTIFACT_FORMAT}  # type: ignore[attr-defined]
-
-
-def _is_of(artifact: type[pt.Artifact], meta: dict[str, Any]) -> bool:
-    return {key: meta.get(key) for key in ('type', 'format')} == _type_of(artifact)
+    label = {'label': model.label} if hasattr(model, 'label') else {}
+    return {'text_field': model.text_field, 'dtype': dtype, **label}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.surgery import check_prunable
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.units import HEADS, NEURONS
-
-_Weighted = tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]
 
 
 def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = None) -> Ranker:
@@ -53,7 +51,7 @@ def mask_weights(model: Ranker, sparsity: float, scores: UnitScores | None = Non
     parts = [
         part for layer, h, n in zip(copied.map.layers, heads, neurons, strict=True) for part in _parts(layer, h, n)
     ]
-    sizes = torch.cat([weigh(linear.weight.detach().abs().double()).flatten() for linear, weigh in parts])
+    sizes = torch.cat([(part.weight.detach().abs().double() * factors).flatten() for part, factors in parts])
     gone = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
     gone[sizes.argsort(stable=True)[: round(sparsity * len(sizes))]] = True
     with torch.no_grad():
@@ -71,19 +69,13 @@ def _importance(scores: Sequence[np.ndarray] | None, counts: Sequence[int]) -> l
     return np.split(ranks, np.cumsum(counts)[:-1])
 
 
-def _parts(layer: Layer, heads: np.ndarray, neurons: np.ndarray) -> list[_Weighted]:
-    """Returns the linear maps of a layer, each with what multiplies its weights by the factors of their units."""
-
-    def rows(factors: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda weight: weight * torch.from_numpy(factors).to(weight)[:, None]
-
-    def columns(factors: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda weight: weight * torch.from_numpy(factors).to(weight)
-
-    of_heads = heads.repeat(layer.head_dim)
+def _parts(layer: Layer, heads: np.ndarray, neurons: np.ndarray) -> list[tuple[nn.Linear, torch.Tensor]]:
+    """Returns the linear maps of a layer, each with the factors of the units that its weights belong to."""
+    device = layer.mlp_out.weight.device
+    of_heads, of_neurons = (torch.from_numpy(values).to(device) for values in (heads.repeat(layer.head_dim), neurons))
     return [
-        *((part, rows(of_heads)) for part in layer.qkv_parts),
-        (layer.attention_out, columns(of_heads)),
-        (layer.mlp_in, rows(neurons)),
-        (layer.mlp_out, columns(neurons)),
+        *((part, of_heads[:, None]) for part in layer.qkv_parts),
+        (layer.attention_out, of_heads),
+        (layer.mlp_in, of_neurons[:, None]),
+        (layer.mlp_out, of_neurons),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,16 +77,8 @@ class BiEncoder(Ranker):
         def step(batch: np.ndarray) -> torch.Tensor:
             return self.represent(inputs, 0, batch, edits=edits)
 
-        done = list(
-            in_batches(
-                inputs.lengths,
-                self.budget,
-                step,
-                verbose=self.verbose,
-                desc=f'{type(self).__name__} {field}',
-                unit='text',
-            )
-        )
+        shown: dict[str, Any] = {'verbose': self.verbose, 'desc': f'{type(self).__name__} {field}', 'unit': 'text'}
+        done = list(in_batches(inputs.lengths, self.budget, step, **shown))
         order = np.concatenate([batch for batch, _ in done])
         return torch.cat([values for _, values in done])[torch.from_numpy(np.argsort(order)[rows])]
 
@@ -102,14 +95,6 @@ class BiEncoder(Ranker):
     _read_stated = staticmethod(stated_bi_encoder)
 
     def _stated(self) -> Stated:
-        return (
-            super()
-            ._stated()
-            .given(
-                pooling=self.pooling,
-                similarity=self.similarity,
-                normalize=self.normalize,
-                query_prompt=self.query_prefix,
-                text_prompt=self.text_prefix,
-            )
-        )
+        prompts = {'query_prompt': self.query_prefix, 'text_prompt': self.text_prefix}
+        stated = super()._stated()
+        return stated.given(pooling=self.pooling, similarity=self.similarity, normalize=self.normalize, **prompts)

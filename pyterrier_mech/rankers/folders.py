@@ -33,6 +33,7 @@ _GROUPS = tuple(
 _LENGTH = 'model_max_length'
 # Without a part in the scores.
 _NEUTRAL = ('unpad_inputs', 'attn_implementation', 'dtype', 'torch_dtype', 'add_pooling_layer', 'trust_remote_code')
+_PACKAGE = 'sentence_transformers.'
 _RANKERS = {'SentenceTransformer': 'BiEncoder', 'CrossEncoder': 'CrossEncoder'}
 _OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean'}
 
@@ -120,34 +121,22 @@ class Stated:
         """
         kinds = ['Transformer'] if width is None else ['Transformer', 'Pooling'] + ['Normalize'] * self.normalize
         modules = [
-            {
-                'idx': i,
-                'name': str(i),
-                'path': f'{i}_{kind}' if i else '',
-                'type': f'sentence_transformers.models.{kind}',
-            }
+            {'idx': i, 'name': str(i), 'path': f'{i}_{kind}' if i else '', 'type': f'{_PACKAGE}models.{kind}'}
             for i, kind in enumerate(kinds)
         ]
-        files: dict[str, Any] = {
-            _MODULES: modules,
-            _TRANSFORMER[0]: {'max_seq_length': max_length, 'do_lower_case': self.lower_case},
-        }
+        transformer: dict[str, Any] = {'max_seq_length': max_length, 'do_lower_case': self.lower_case}
+        files: dict[str, Any] = {_MODULES: modules, _TRANSFORMER[0]: transformer}
         if width is None:
-            files[_TRANSFORMER[0]]['transformer_task'] = 'sequence-classification'
+            transformer['transformer_task'] = 'sequence-classification'
             prompts = {'query': self.query_prompt}
-            return files | {
-                _SETTINGS: {'model_type': 'CrossEncoder', 'prompts': prompts, 'default_prompt_name': 'query'}
-            }
-        files[_SETTINGS] = {
-            'prompts': {'query': self.query_prompt, 'document': self.text_prompt},
-            'default_prompt_name': None,
-            'similarity_fn_name': self.similarity,
-            'truncate_dim': self.truncate_dim,
-        }
+            files[_SETTINGS] = {'model_type': 'CrossEncoder', 'prompts': prompts, 'default_prompt_name': 'query'}
+            return files
+        prompts = {'query': self.query_prompt, 'document': self.text_prompt}
+        scoring = {'similarity_fn_name': self.similarity, 'truncate_dim': self.truncate_dim}
+        files[_SETTINGS] = {'prompts': prompts, 'default_prompt_name': None, **scoring}
         files['1_Pooling/config.json'] = {
             'word_embedding_dimension': width,
-            'pooling_mode_cls_token': self.pooling == 'cls',
-            'pooling_mode_mean_tokens': self.pooling == 'mean',
+            **{key: self.pooling == pooling for key, pooling in _OLD_POOLINGS.items()},
             'include_prompt': self.include_prompt,
         }
         return files
@@ -162,8 +151,7 @@ def stated_bi_encoder(name: str) -> Stated:
     modules = _read(name, _MODULES, list)
     if modules is None:
         return _transformer(name, 'feature-extraction')
-    settings = _settings(name, 'SentenceTransformer')
-    kinds = _kinds(name, modules)
+    settings, kinds = _settings(name, 'SentenceTransformer'), _kinds(name, modules)
     if kinds[:2] != ['Transformer', 'Pooling'] or set(kinds[2:]) - {'Normalize'}:
         raise ValueError(
             f'{name!r} is made of {", ".join(kinds)}; BiEncoder must have Transformer, Pooling and Normalize alone, or '
@@ -193,8 +181,7 @@ def stated_cross_encoder(name: str) -> Stated:
     modules = _read(name, _MODULES, list)
     if modules is None:
         return _transformer(name, 'sequence-classification')
-    settings = _settings(name, 'CrossEncoder')
-    kinds = _kinds(name, modules)
+    settings, kinds = _settings(name, 'CrossEncoder'), _kinds(name, modules)
     if kinds != ['Transformer']:
         raise ValueError(
             f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. Use such a model'
@@ -225,7 +212,7 @@ def _transformer(name: str, task: str) -> Stated:
 
 def _kinds(name: str, modules: list[Any]) -> list[str]:
     for module in modules:
-        if not str(module['type']).startswith('sentence_transformers.'):
+        if not str(module['type']).startswith(_PACKAGE):
             raise ValueError(f'{name!r} has a module of its own code, {module["type"]!r}, which is not run here')
     if modules and modules[0]['path']:
         raise ValueError(f'the weights of {name!r} must lie in its root; got the folder {modules[0]["path"]!r}')

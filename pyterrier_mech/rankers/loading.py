@@ -12,24 +12,16 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from pyterrier_mech.anatomy.families import family_of
 from pyterrier_mech.anatomy.resizing import keep_units
+from pyterrier_mech.units import KINDS
 
-DTYPES = {
-    'float32': torch.float32,
-    'float64': torch.float64,
-    'bfloat16': torch.bfloat16,
-    'float16': torch.float16,
-    'tf32': torch.float32,
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')} | {
+    'tf32': torch.float32
 }
 
 
@@ -100,8 +92,7 @@ def load_config(name: str) -> Any:
         FileNotFoundError: If there is no such folder and no such model on the hub.
         ValueError: If there is an adapter to another model.
     """
-    adapter = load_json(name, ADAPTER)
-    if adapter is not None:
+    if (adapter := load_json(name, ADAPTER)) is not None:
         raise ValueError(
             f'{name!r} holds an adapter of {adapter.get("base_model_name_or_path")!r} ({ADAPTER}): load it with peft, '
             'call merge_and_unload() and save_pretrained(folder), and give that folder or the merged module'
@@ -130,19 +121,16 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
     config = load_config(name)
     family_of(config.model_type)
     auto = AutoModelForSequenceClassification if classifier else AutoModel
-    counts = kept_counts(name)
-    if counts is not None:
+    if (counts := kept_counts(name)) is not None:
         return _load_pruned(name, auto, config, counts, dtype).to(device).eval()
     module, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     # A pooler that the checkpoint lacks is read by no bi-encoder.
-    missing = [key for key in info['missing_keys'] if classifier or 'pooler' not in key]
-    if missing:
+    if missing := [key for key in info['missing_keys'] if classifier or 'pooler' not in key]:
         raise ValueError(
             f'the checkpoint {name!r} has no weights for {", ".join(sorted(missing))}, so they would be random. '
             + ('It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.' if classifier else '')
         )
-    unused = sorted(key for key in info['unexpected_keys'] if _has_place(key, module))
-    if unused:
+    if unused := sorted(key for key in info['unexpected_keys'] if _has_place(key, module)):
         raise ValueError(
             f'the checkpoint {name!r} has {len(unused)} weights that a {type(module).__name__} of its config.json does '
             f'not use, among them {", ".join(unused[:3])}: mend the configuration, e.g. its number of layers'
@@ -167,24 +155,22 @@ def kept_counts(name: str) -> Counts | None:
     saved = load_json(name, PRUNED)
     if saved is None:
         return None
-    counts: dict[str, Any] = saved if isinstance(saved, dict) else {}
-    heads: Any = counts.get('heads')
-    neurons: Any = counts.get('neurons')
-    if not (_are_counts(heads) and _are_counts(neurons)):
+    found: list[Any] = [saved.get(kind) if isinstance(saved, dict) else None for kind in KINDS]
+    if not all(map(_are_counts, found)):
         raise ValueError(
             f"{PRUNED} of {name!r} has no lists of whole numbers, one a layer, under 'heads' and 'neurons': "
             'save the pruned ranker again'
         )
     config = load_config(name)
     most = (config.num_attention_heads, getattr(config, 'intermediate_size', None) or config.hidden_dim)
-    if any(len(part) != config.num_hidden_layers for part in (heads, neurons)) or any(
-        count > limit for part, limit in zip((heads, neurons), most, strict=True) for count in part
+    if any(len(part) != config.num_hidden_layers for part in found) or any(
+        count > limit for part, limit in zip(found, most, strict=True) for count in part
     ):
         raise ValueError(
             f'{PRUNED} of {name!r} must have {config.num_hidden_layers} layers of at most {most[0]} heads and '
             f'{most[1]} neurons, as its config.json says; it has other numbers: save the pruned ranker again'
         )
-    return heads, neurons
+    return found[0], found[1]
 
 
 def _are_counts(values: Any) -> bool:
@@ -224,8 +210,7 @@ def _check_fit(name: str, module: nn.Module, state: dict[str, torch.Tensor]) -> 
             if key in state and state[key].shape != part.shape
         ],
     }
-    found = [f'{how} {", ".join(keys[:3])} ({len(keys)} in all)' for how, keys in wrong.items() if keys]
-    if found:
+    if found := [f'{how} {", ".join(keys[:3])} ({len(keys)} in all)' for how, keys in wrong.items() if keys]:
         raise ValueError(
             f'{WEIGHTS} of {name!r} does not fit a {type(module).__name__} of the sizes in {PRUNED}: it '
             f'{"; it ".join(found)}. Load it with the class that saved it (CrossEncoder or BiEncoder), or save it again'

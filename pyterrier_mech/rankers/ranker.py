@@ -19,25 +19,13 @@ from torch import nn
 
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
-from pyterrier_mech.draws import digest
 from pyterrier_mech.frames import texts_of
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
 from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.provenance import with_seen
+from pyterrier_mech.rankers import loading
 from pyterrier_mech.rankers.folders import Stated
-from pyterrier_mech.rankers.loading import (
-    check_module,
-    check_tokenizer,
-    device_of,
-    dtype_of,
-    in_lower_case,
-    kept_counts,
-    load_config,
-    load_module,
-    load_tokenizer,
-    uses_segments,
-)
 from pyterrier_mech.stage import Stage
 from pyterrier_mech.units import HEADS, NEURONS, Site
 
@@ -155,7 +143,7 @@ class Ranker(Stage):
         Heads are read off the configuration while no weights are loaded.
         """
         if kind == HEADS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
-            config, kept = load_config(self._name), kept_counts(self._name)
+            config, kept = loading.load_config(self._name), loading.kept_counts(self._name)
             counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
             return {Site(kind, layer): count for layer, count in enumerate(counts)}
         return self.map.counts(kind)
@@ -169,14 +157,6 @@ class Ranker(Stage):
     def seen(self) -> Sequence[str]:
         """Queries that the weights have been fitted on, as far as the model says."""
         return list(getattr(self.map.module.config, 'fitted_on', None) or [])
-
-    @property
-    def noted(self) -> str:
-        """What notes call it: the call that makes it and, since modules look alike there, a name of some weights."""
-        if self._by_name:
-            return repr(self)
-        some = [part.detach().flatten()[:: part.numel() // 8 + 1].tolist() for part in self.map.module.parameters()]
-        return f'{self!r} {digest(some).hex()[:8]}'
 
     @property
     @abstractmethod
@@ -246,8 +226,7 @@ class Ranker(Stage):
         Raises:
             ValueError: If not.
         """
-        bad = int((~np.isfinite(scores)).sum())
-        if bad:
+        if bad := int((~np.isfinite(scores)).sum()):
             raise ValueError(
                 f'{bad} of {scores.size} scores are not finite: {self!r} has weights that are NaN or infinite, or its '
                 "half precision overflows; use dtype='float32'"
@@ -296,11 +275,11 @@ class Ranker(Stage):
 
     def _load(self) -> ModelMap:
         if self._by_name:
-            dtype, device = dtype_of(self.dtype), device_of(self.device)
+            dtype, device = loading.dtype_of(self.dtype), loading.device_of(self.device)
             # Weights that are made in inference mode have no gradients for ever after.
             with torch.inference_mode(False):
-                return ModelMap(load_module(self._name, classifier=self.classifier, dtype=dtype, device=device))
-        check_module(self.model)
+                return ModelMap(loading.load_module(self._name, classifier=self.classifier, dtype=dtype, device=device))
+        loading.check_module(self.model)
         # TF32 is a way to compute, not a type that the module would have to be converted to.
         if self.device is not None or self.dtype not in (None, 'tf32'):
             raise ValueError(
@@ -315,11 +294,11 @@ class Ranker(Stage):
         if not tokenizer and isinstance(tokenizer, str):
             raise ValueError('this module does not know where it was loaded from: give its tokenizer=')
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(str(tokenizer))
-        check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
+            tokenizer = loading.load_tokenizer(str(tokenizer))
+        loading.check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
         if self.stated_.lower_case:
-            tokenizer = in_lower_case(tokenizer)
-        return InputMaker(tokenizer, self._longest(config, tokenizer), uses_segments(tokenizer, config))
+            tokenizer = loading.in_lower_case(tokenizer)
+        return InputMaker(tokenizer, self._longest(config, tokenizer), loading.uses_segments(tokenizer, config))
 
     def _longest(self, config: Any, tokenizer: Any) -> int:
         positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length

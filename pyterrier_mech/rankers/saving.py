@@ -50,10 +50,7 @@ def save_ranker(model: Ranker, folder: str | Path) -> Path:
     state = {name: part.detach().cpu().contiguous() for name, part in module.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
     width = None if model.classifier else module.config.hidden_size
-    counts = {
-        'heads': [layer.n_heads for layer in layers],
-        'neurons': [layer.n_neurons for layer in layers],
-    }
+    counts = {'heads': [layer.n_heads for layer in layers], 'neurons': [layer.n_neurons for layer in layers]}
     for name, values in {**model.stated_.files(model.maker.max_length, width), PRUNED: counts}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')

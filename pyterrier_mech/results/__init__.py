@@ -1,7 +1,5 @@
 """What stages produce, aggregated over many rows and saved as PyTerrier Artifacts."""
 
-from __future__ import annotations
-
 from pyterrier_mech.results.circuit import Circuit
 from pyterrier_mech.results.head_effects import HeadEffects
 from pyterrier_mech.results.neuron_effects import NeuronEffects

@@ -52,15 +52,9 @@ def aggregate(frame: pd.DataFrame, **options: Any) -> tuple[pd.DataFrame, dict[s
 
     ratio = ratio_of_sums(effects, _sign(analysis) * delta, qids, **options)
     mean = ratio_of_sums(effects, 1, qids, **options)
-    table = pd.DataFrame(
-        {
-            'layer': [head.site.layer for head in heads],
-            'head': [head.index for head in heads],
-            'name': [head.name for head in heads],
-            **dict(zip(['ratio', 'ratio_low', 'ratio_high', 'n', 'n_queries'], ratio, strict=True)),
-            **dict(zip(['mean', 'mean_low', 'mean_high'], mean, strict=False)),
-        }
-    )[list(COLUMNS)]
+    table = pd.DataFrame([(head.site.layer, head.index, head.name) for head in heads], columns=list(KEYS))
+    table = table.assign(**dict(zip(['ratio', 'ratio_low', 'ratio_high', 'n', 'n_queries'], ratio, strict=True)))
+    table = table.assign(**dict(zip(['mean', 'mean_low', 'mean_high'], mean, strict=False)))[list(COLUMNS)]
     total = delta.sum()
     cancelled = vanishes(total, np.abs(delta).sum())
     summary = {
@@ -112,10 +106,8 @@ def _sign(analysis: Analysis) -> int:
 
 
 def _patchable(frame: pd.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
-    if 'patchable' not in frame.columns:
-        answers = pd.Series('yes', index=frame.index)
-    else:
-        answers = frame['patchable'].astype(object).fillna('no reason given').astype(str)
+    answers = frame['patchable'] if 'patchable' in frame.columns else pd.Series('yes', index=frame.index)
+    answers = answers.astype(object).fillna('no reason given').astype(str)
     patchable = (answers == 'yes').to_numpy()
     reasons = {str(reason): int(n) for reason, n in answers[~patchable].value_counts().sort_index().items()}
     if not patchable.any():

@@ -19,21 +19,19 @@ _ERROR = 'completeness_error.neurons'
 
 
 def aggregate(
-    frame: pd.DataFrame,
-    qrels: pd.DataFrame,
-    dataset: str,
-    *,
-    min_rel: int,
-    unjudged: int | None,
-    max_error: float | None,
-    column: str,
+    rows: pd.DataFrame, labels: np.ndarray, dataset: str, column: str, min_rel: int, max_error: float | None
 ) -> dict[str, pd.DataFrame]:
-    """Returns the tables of `NeuronEffects`: neurons, schemes, datasets. See `NeuronEffects.from_frame`."""
-    _check(frame, column, max_error)
-    # Order of rows must not show in the last digit of a mean.
-    rows = with_ids(frame, 'the frame').sort_values(['qid', 'docno'])
+    """Returns the tables of `NeuronEffects`: neurons, schemes, datasets. See `NeuronEffects.from_frame`.
+
+    Args:
+        rows: What `sorted_rows` returned.
+        labels: What `labels_of` returned for them.
+        dataset: What the schemes are called.
+        column: The column of arrays.
+        min_rel: The lowest label of a relevant pair.
+        max_error: The largest completeness error of a pair that enters.
+    """
     values, errors = _arrays(rows, column), rows[_ERROR].to_numpy(dtype=np.float64, na_value=np.nan)
-    labels = _labels(rows, qrels, unjudged)
     there = np.isfinite(values).any(axis=0)
     whole = np.isfinite(values[:, there]).all(axis=1) & np.isfinite(errors) & there.any()
     exact = np.ones(len(rows), dtype=bool) if max_error is None else ~(errors > max_error)
@@ -66,15 +64,16 @@ def aggregate(
     }
 
 
-def _check(frame: pd.DataFrame, column: str, max_error: float | None) -> None:
-    missing = [name for name in ('qid', 'docno', column, _ERROR) if name not in frame.columns]
-    if missing:
+def sorted_rows(frame: pd.DataFrame, column: str, max_error: float | None) -> pd.DataFrame:
+    """Checks the frame of `AttributeNeurons`, and returns its rows: their order must not show in a last digit."""
+    if missing := [name for name in ('qid', 'docno', column, _ERROR) if name not in frame.columns]:
         raise ValueError(
             f'The frame has no {", ".join(map(repr, missing))}. Pass the whole frame that an AttributeNeurons stage '
             "returned; with by='token_type' name one of its columns, e.g. column='neurons.cls'."
         )
     if max_error is not None and not max_error > 0:
         raise ValueError(f'max_error must be above 0, such as 0.05, or None for all pairs; got max_error={max_error!r}')
+    return with_ids(frame, 'the frame').sort_values(['qid', 'docno'])
 
 
 def _arrays(rows: pd.DataFrame, column: str) -> np.ndarray:
@@ -94,7 +93,7 @@ def _array(value: Any) -> np.ndarray:
     return np.array(array.tolist()) if array.dtype == object else array
 
 
-def _labels(rows: pd.DataFrame, qrels: pd.DataFrame, unjudged: int | None) -> np.ndarray:
+def labels_of(rows: pd.DataFrame, qrels: pd.DataFrame, unjudged: int | None) -> np.ndarray:
     """Returns the label of every row, NaN where there is none."""
     known = judgements(qrels)[['qid', 'docno', 'label']]
     labels = rows[['qid', 'docno']].merge(known, on=['qid', 'docno'], how='left')['label'].to_numpy(dtype=np.float64)

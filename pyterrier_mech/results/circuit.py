@@ -11,7 +11,7 @@ import pyterrier as pt
 
 from pyterrier_mech.provenance import as_qids
 from pyterrier_mech.saving import SavedResult
-from pyterrier_mech.units import HEADS, NEURONS, Units, parse
+from pyterrier_mech.units import HEADS, KINDS, NEURONS, Units, parse
 
 UNKNOWN = 'unknown'
 
@@ -35,21 +35,6 @@ class Circuit(SavedResult):
 
     settings: dict[str, Any]
     qids: list[str]
-
-    def __init__(
-        self,
-        path: Any,
-        *,
-        tables: dict[str, pd.DataFrame] | None = None,
-        summary: dict[str, Any] | None = None,
-    ) -> None:
-        """Reads the folder `path`, or holds what `discover_circuit` made.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder holds something else.
-        """
-        super().__init__(path, tables, summary)
 
     @classmethod
     def of_tables(
@@ -86,10 +71,8 @@ class Circuit(SavedResult):
             qids: Queries that it was found on, where they are known.
         """
         given = [parse(unit) for unit in units] if isinstance(units, (list, tuple)) else sorted(Units.of(units))
-        tables = [
-            pd.DataFrame({'name': [unit.name for unit in given if unit.site.kind == kind]}) for kind in (HEADS, NEURONS)
-        ]
-        return cls.of_tables(*tables, qids=qids)
+        names = [[unit.name for unit in given if unit.site.kind == kind] for kind in KINDS]
+        return cls.of_tables(*(pd.DataFrame({'name': of_kind}) for of_kind in names), qids=qids)
 
     @property
     def units(self) -> Units:
@@ -135,10 +118,8 @@ class Circuit(SavedResult):
     def __repr__(self) -> str:
         """Tells what it has and how many queries it was found on."""
         heads = self._tables['heads']
-        names = [
-            row['name'] + ('' if row['role'] == UNKNOWN else f' ({row["role"]})')
-            for row in heads.head(5).to_dict('records')
-        ]
+        first = heads.head(5)[['name', 'role']].itertuples(index=False)
+        names = [name if role == UNKNOWN else f'{name} ({role})' for name, role in first]
         more = ', …' if len(heads) > 5 else ''
         shown = f': {", ".join(names)}{more}' if names else ''
         return (
@@ -149,10 +130,9 @@ class Circuit(SavedResult):
 
 def _table(given: pd.DataFrame, kind: str, columns: Sequence[str]) -> pd.DataFrame:
     number = columns[1]
-    missing = [name for name in ('layer', number) if name not in given.columns and 'name' not in given.columns]
-    if missing:
-        raise ValueError(f'The {kind} have no {", ".join(map(repr, missing))}: give one row a {number}.')
     named = 'name' in given.columns
+    if missing := [name for name in ('layer', number) if not named and name not in given.columns]:
+        raise ValueError(f'The {kind} have no {", ".join(map(repr, missing))}: give one row a {number}.')
     places = given['name'] if named else given[['layer', number]].astype(int).itertuples(index=False, name=None)
     units = [parse(place, kind) for place in places]
     if strange := Units(units) - Units(units).of_kind(kind):

@@ -55,16 +55,6 @@ class HeadEffects(SavedResult):
     wrong_direction_share: float
     qids: list[str]
 
-    def __init__(self, path: Any, *, table: pd.DataFrame | None = None, summary: dict[str, Any] | None = None) -> None:
-        """Reads the folder ``path``, or holds ``table`` and ``summary`` in memory (use :meth:`from_frame`).
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder holds something else.
-        """
-        super().__init__(path, None if table is None else {'heads': table}, summary)
-        self._table = self._tables['heads']
-
     @classmethod
     def from_frame(
         cls, frame: pd.DataFrame, *, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0
@@ -101,7 +91,7 @@ class HeadEffects(SavedResult):
                 normalised ones, or parts of a single score.
         """
         table, summary = aggregate(frame, confidence=float(confidence), n_resamples=int(n_resamples), seed=int(seed))
-        return cls(pt.Artifact.NO_PATH, table=table, summary=summary)
+        return cls(pt.Artifact.NO_PATH, tables={'heads': table}, summary=summary)
 
     def to_frame(self) -> pd.DataFrame:
         """Returns one row per head, sorted by layer and head.
@@ -109,14 +99,14 @@ class HeadEffects(SavedResult):
         **Output columns:** ``layer``, ``head``, ``name``, ``ratio``, ``ratio_low``, ``ratio_high``, ``mean``,
         ``mean_low``, ``mean_high``, ``n`` (rows that entered), ``n_queries`` (their queries).
         """
-        return self._table.copy()
+        return self._tables['heads'].copy()
 
     def strongest(self, k: int = 10) -> pd.DataFrame:
         """Returns the rows of :meth:`to_frame` with the ``k`` largest absolute ratios.
 
         Heads whose ratio is NaN come after those with one, by absolute mean. Heads without any row are left out.
         """
-        table = self._table[self._table['mean'].notna()]
+        table = self._tables['heads'].dropna(subset='mean')
         size = table[['ratio', 'mean']].abs()
         order = size.sort_values(['ratio', 'mean'], ascending=False, na_position='last').index
         return table.loc[order].head(k).reset_index(drop=True)
@@ -134,8 +124,9 @@ class HeadEffects(SavedResult):
         columns = [name for name in COLUMNS if name not in KEYS]
         if column not in columns:
             raise ValueError(f'column must be one of {columns}; got column={column!r}')
-        stacks = self._table['name'].map(lambda name: parse(name).site.stack)
-        table = self._table[stacks == stack]
+        table = self._tables['heads']
+        stacks = table['name'].map(lambda name: parse(name).site.stack)
+        table = table[stacks == stack]
         if not len(table):
             raise ValueError(f'stack must be one of {sorted(set(stacks))}; got stack={stack!r}')
         matrix = np.full((table['layer'].max() + 1, table['head'].max() + 1), np.nan)
@@ -144,7 +135,7 @@ class HeadEffects(SavedResult):
 
     def __repr__(self) -> str:
         """Tells how much data there is and which head matters most."""
-        text = f'{len(self._table)} heads, {self.n_used} of {self.n_rows} rows, {self.n_queries} queries'
+        text = f'{len(self._tables["heads"])} heads, {self.n_used} of {self.n_rows} rows, {self.n_queries} queries'
         top = self.strongest(1)
         kind = 'mean' if top['ratio'].isna().all() else 'ratio'
         for row in top.to_dict('records'):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech.provenance import as_qids
-from pyterrier_mech.results._schemes import DATASET, GROUPS, KEYS, SCHEME, aggregate
+from pyterrier_mech.results._schemes import DATASET, GROUPS, KEYS, SCHEME, aggregate, labels_of, sorted_rows
 from pyterrier_mech.saving import SavedResult
 from pyterrier_mech.units import Units
 
 SCHEMES = ('relevance', *GROUPS)
 ORDERS = ('value', 'magnitude')
 FUSIONS = ('average', 'intersection')
+
+Names = Sequence[str] | None
 
 
 class NeuronEffects(SavedResult):
@@ -39,29 +40,10 @@ class NeuronEffects(SavedResult):
     """
 
     ARTIFACT_TYPE = 'neuron_effects'
-    TABLES = {
-        'neurons': KEYS,
-        'schemes': (SCHEME, DATASET, 'n', 'worst_error'),
-        'datasets': (DATASET,),
-    }
+    TABLES = {'neurons': KEYS, 'schemes': (SCHEME, DATASET, 'n', 'worst_error'), 'datasets': (DATASET,)}
     MADE_BY = 'NeuronEffects.from_frame(frame, qrels)'
 
     qids: list[str]
-
-    def __init__(
-        self,
-        path: Any,
-        *,
-        tables: dict[str, pd.DataFrame] | None = None,
-        summary: dict[str, Any] | None = None,
-    ) -> None:
-        """Reads the folder `path`, or holds what `from_frame` made.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If the folder holds something else.
-        """
-        super().__init__(path, tables, summary)
 
     @classmethod
     def from_frame(
@@ -96,9 +78,8 @@ class NeuronEffects(SavedResult):
         Raises:
             ValueError: If columns are missing, arrays differ in shape, a pair has two labels, or no pair is left.
         """
-        tables = aggregate(
-            frame, qrels, dataset, min_rel=min_rel, unjudged=unjudged, max_error=max_error, column=column
-        )
+        rows = sorted_rows(frame, column, max_error)
+        tables = aggregate(rows, labels_of(rows, qrels, unjudged), dataset, column, min_rel, max_error)
         return cls(pt.Artifact.NO_PATH, tables=tables, summary={'qids': sorted(as_qids(frame['qid']))})
 
     @classmethod
@@ -141,7 +122,7 @@ class NeuronEffects(SavedResult):
         """
         return self._tables['neurons'].copy()
 
-    def mean(self, scheme: str = 'relevance', datasets: Sequence[str] | None = None) -> np.ndarray:
+    def mean(self, scheme: str = 'relevance', datasets: Names = None) -> np.ndarray:
         """Returns the mean over datasets of a scheme, or of relevance, as an array [layers, neurons].
 
         It is NaN where a layer has fewer neurons than the widest.
@@ -159,13 +140,7 @@ class NeuronEffects(SavedResult):
         return matrix
 
     def top(
-        self,
-        p: float,
-        scheme: str = 'relevance',
-        *,
-        datasets: Sequence[str] | None = None,
-        fuse: str = 'average',
-        by: str = 'value',
+        self, p: float, scheme: str = 'relevance', *, datasets: Names = None, fuse: str = 'average', by: str = 'value'
     ) -> Units:
         """Returns the `p` percent of all neurons with the largest mean attribution.
 
@@ -183,13 +158,7 @@ class NeuronEffects(SavedResult):
         return self._extreme(-1, p, scheme, datasets, fuse, by)
 
     def bottom(
-        self,
-        p: float,
-        scheme: str = 'relevance',
-        *,
-        datasets: Sequence[str] | None = None,
-        fuse: str = 'average',
-        by: str = 'value',
+        self, p: float, scheme: str = 'relevance', *, datasets: Names = None, fuse: str = 'average', by: str = 'value'
     ) -> Units:
         """Returns the `p` percent of all neurons with the smallest mean attribution. See `top`.
 
@@ -204,7 +173,7 @@ class NeuronEffects(SavedResult):
         sets = [set(_first(table[name].to_numpy(), -1, self._count(p, by), by)) for name in full]
         return pd.DataFrame([[len(a & b) / len(a) for b in sets] for a in sets], index=full, columns=full)
 
-    def _extreme(self, sign: int, p: float, scheme: str, datasets: Sequence[str] | None, fuse: str, by: str) -> Units:
+    def _extreme(self, sign: int, p: float, scheme: str, datasets: Names, fuse: str, by: str) -> Units:
         if fuse not in FUSIONS:
             raise ValueError(f'fuse must be one of {FUSIONS}; got fuse={fuse!r}')
         count, values = self._count(p, by), self._values(scheme, datasets)
@@ -221,14 +190,13 @@ class NeuronEffects(SavedResult):
             raise ValueError(f'p must be a percentage above 0 and up to 100 (1 is one in a hundred); got p={p!r}')
         return max(1, round(len(self._tables['neurons']) * p / 100))
 
-    def _values(self, scheme: str, datasets: Sequence[str] | None) -> np.ndarray:
+    def _values(self, scheme: str, datasets: Names) -> np.ndarray:
         """Returns [datasets, neurons]."""
         if scheme not in SCHEMES:
             raise ValueError(f'scheme must be one of {SCHEMES}; got scheme={scheme!r}')
         known = self._tables['datasets'][DATASET].tolist()
         names = known if datasets is None else [datasets] if isinstance(datasets, str) else list(datasets)
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
+        if not names or set(names) - set(known):
             raise ValueError(f'datasets must be among {known}; got datasets={datasets!r}')
         return np.stack([self._of_dataset(scheme, name) for name in names])
 

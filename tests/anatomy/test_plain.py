@@ -1,5 +1,7 @@
 """A fast path runs only where the parts are exactly what it knows: adapted, hooked and replaced modules are obeyed."""
 
+import copy
+
 import numpy as np
 import oracles
 import pytest
@@ -209,3 +211,30 @@ def test_a_hook_on_the_whole_classification_module_is_refused():
     module.register_forward_hook(lambda _, args, output: output)
     with pytest.raises(ValueError, match='of the whole classification module are not run here'):
         CrossEncoder(module, tokenizer=tokenizer).score(*PAIRS)
+
+
+def test_counting_operations_counts_those_of_the_fast_path():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = CrossEncoder(*toy_module('bert')[:1], tokenizer=toy_module('bert')[1])
+    with FlopCounterMode(display=False) as counted:
+        assert why_not_plain(model) == ''
+        model.score(*PAIRS)
+    slow = copy.deepcopy(model.model)
+    slow.bert.register_forward_pre_hook(lambda *_: None)
+    with FlopCounterMode(display=False) as whole:
+        CrossEncoder(slow, tokenizer=model.tokenizer).score(*PAIRS)
+    assert counted.get_total_flops() < 0.8 * whole.get_total_flops()
+
+
+def test_global_hooks_are_obeyed():
+    module, tokenizer = toy_module('bert', fresh=True)
+    model = CrossEncoder(module, tokenizer=tokenizer)
+    value = module.bert.encoder.layer[-1].attention.self.value
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda part, args, output: output * 2 if part is value else None
+    )
+    try:
+        np.testing.assert_allclose(model.score(*PAIRS), plain_scores(module, tokenizer), atol=1e-10, rtol=0)
+    finally:
+        handle.remove()

@@ -236,7 +236,7 @@ def test_another_text_field_is_that_of_the_reference_too():
         ),
         ({'heads': ['L7H0']}, ValueError, 'L7H0: .* does not have it'),
         ({'heads': ['head 3']}, ValueError, 'does not name a head'),
-        ({'heads': ['L0N3']}, ValueError, 'names neurons; AblatedReranker ablates those'),
+        ({'heads': ['L0N3']}, ValueError, "heads must name heads only; got 'L0N3'"),
     ],
 )
 def test_bad_settings_name_the_value_and_the_way_out(settings, kind, message):

@@ -29,7 +29,6 @@ from toys import (
 from transformers import AutoModelForSequenceClassification
 
 from pyterrier_mech import CrossEncoder, HeadEffects, PatchHeads
-from pyterrier_mech.rankers.folders import Stated
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 
@@ -114,7 +113,7 @@ def test_mask_filler_numbers_positions_as_the_model_does():
 def test_mask_filler_leaves_the_same_tokens_out_of_the_mean():
     """The space of the prompt joins the first word, which is left out, as in sentence-transformers."""
     model, frame = toy_bi_encoder('roberta'), pairs(8)
-    model._carried = Stated(text_prompt='dough ', pooling='mean', include_prompt=False)
+    model._carried = inside.Stated(text_prompt='dough ', pooling='mean', include_prompt=False)
     res = PatchHeads(model, filler='mask')(frame)
     np.testing.assert_allclose(res['score_original'], model.score(frame['query'], frame['text_0']), atol=1e-12)
 

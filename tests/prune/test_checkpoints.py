@@ -5,7 +5,8 @@ import torch
 from fits import FAST, close_weights, data, mixed, pruned, same_history, trained, trained_once
 from toys import toy_cross_encoder
 
-from pyterrier_mech import CrossEncoder, Distillation, FineTuning
+from pyterrier_mech import CrossEncoder
+from pyterrier_mech.prune import Distillation, FineTuning
 
 LONG = {**FAST, 'epochs': 4, 'validations': 2, 'patience': 9}
 TRAIN, VALIDATION = data([0, 1, 2], range(5)), data([3], range(6))
@@ -151,6 +152,6 @@ def test_where_and_how_often_is_written_may_change(left):
 def test_other_files_are_no_checkpoints(tmp_path, content):
     path = tmp_path / 'c'
     path.write_bytes(content)
-    with pytest.raises(ValueError, match='is no checkpoint'):
+    with pytest.raises(ValueError, match='checkpoint must be a file that training wrote, or none yet; got .*c'):
         trained(Distillation(**LONG, checkpoint=str(path)), TRAIN)
     assert path.read_bytes() == content

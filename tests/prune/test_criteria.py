@@ -137,7 +137,7 @@ def test_conductance_is_the_mean_of_the_stages(make):
     found = Conductance(points=17, max_points=17).scores(model, data)
     neurons = AttributeNeurons(model, points=17, max_points=17)(data.frame)['neurons']
     assert_layers(found.neurons, np.abs(np.stack(neurons)).mean(0))
-    heads = AttributeHeads(model, 'integrated_gradients', steps=16)(data.frame)
+    heads = AttributeHeads(model, 'integrated_gradients', points=17)(data.frame)
     assert_layers(found.heads, [[heads[f'L{i}H{h}'].abs().mean() for h in range(4)] for i in range(2)])
     assert found.passes >= 17 * 3
 

@@ -18,7 +18,7 @@ def order(layers):
 
 def test_without_roles_and_protection_it_orders_by_effect():
     model, data = toy_cross_encoder('bert'), fit_on()
-    found = SMA(odds=1, role_weighting=False, perturbation=add_query).scores(model, data)
+    found = SMA(protection=1, role_weighting=False, perturbation=add_query).scores(model, data)
     effects = AblateHeads(model)(data.frame)
     heads = [effects[f'L{i}H{h}'].abs().mean() for i in range(2) for h in range(4)]
     assert order(found.heads) == np.argsort(heads).tolist()
@@ -30,7 +30,7 @@ def test_without_roles_and_protection_it_orders_by_effect():
 def test_odds_of_circuit_members_are_three_times_as_high():
     model, data = toy_cross_encoder('bert'), fit_on()
     circuit = Circuit.from_units(['L0H1', 'L1N3'])
-    plain, found = (SMA(circuit=circuit, odds=odds).scores(model, data) for odds in (1, 3.0))
+    plain, found = (SMA(circuit=circuit, protection=odds).scores(model, data) for odds in (1, 3.0))
     for kind, member in (('heads', (0, 1)), ('neurons', (1, 3))):
         ratios = [
             (b / (1 - b)) / (a / (1 - a)) for a, b in zip(getattr(plain, kind), getattr(found, kind), strict=True)
@@ -49,7 +49,7 @@ def test_neurons_are_weighed_by_how_differently_they_serve_relevant_pairs():
         for pick in (relevant, ~relevant)
     ]
     effects = Taylor().scores(model, data).neurons
-    weighed, alone = SMA(odds=1).scores(model, data), SMA(odds=1, role_weighting=False).scores(model, data)
+    weighed, alone = SMA(protection=1).scores(model, data), SMA(protection=1, role_weighting=False).scores(model, data)
     # Undescribed attention: heads keep their effect.
     assert weighed.notes['roles'] == {'heads': False, 'neurons': True}
     assert_layers(weighed.heads, alone.heads)
@@ -58,7 +58,7 @@ def test_neurons_are_weighed_by_how_differently_they_serve_relevant_pairs():
     strength = np.abs(g[relevant].mean(0) - g[~relevant].mean(0)) / (means[0] + means[1])
     expected = np.concatenate(effects) * np.clip(strength, 0.1, 1)
     assert order(weighed.neurons) == np.argsort(expected).tolist() != order(alone.neurons)
-    without = SMA(odds=1).scores(model, FitData(data.frame))
+    without = SMA(protection=1).scores(model, FitData(data.frame))
     assert without.notes['roles'] == {'heads': False, 'neurons': False}
     assert_layers(without.neurons, alone.neurons)
 
@@ -76,8 +76,8 @@ def test_heads_are_weighed_by_how_far_they_look_from_even_attention():
         strength = largest / (1 + largest) * (1 - row['attention.to_cls'] - row['attention.to_sep'])
         assert strength > 0.01 or name == 'L0H0'
         expected.append(effects[name].abs().mean() * max(strength, 0.1))
-    alone = SMA(odds=1, role_weighting=False).scores(model, data)
-    assert order(SMA(odds=1).scores(model, data).heads) == np.argsort(expected).tolist() != order(alone.heads)
+    alone = SMA(protection=1, role_weighting=False).scores(model, data)
+    assert order(SMA(protection=1).scores(model, data).heads) == np.argsort(expected).tolist() != order(alone.heads)
 
 
 def test_a_circuit_is_discovered_where_there_are_two_versions():
@@ -86,8 +86,8 @@ def test_a_circuit_is_discovered_where_there_are_two_versions():
     assert found.notes['protection'] == 'discovered'
     heads, neurons = Units.of(found.notes['circuit']).heads, Units.of(found.notes['circuit']).neurons
     assert 1 <= len(heads) <= 2 and len(neurons) == 1
-    best = np.concatenate(SMA(odds=1).scores(model, data).neurons)
-    assert neurons == {divmod(int(np.argmax(best)), 48)}
+    best = np.concatenate(SMA(protection=1).scores(model, data).neurons)
+    assert neurons == Units.of({'neurons': [divmod(int(np.argmax(best)), 48)]})
     paired = FitData(Perturb(add_query)(data.frame), data.qrels)
     assert SMA().scores(model, paired).notes['protection'].startswith('discovered')
     assert SMA().scores(model, data).notes['protection'].startswith('none')

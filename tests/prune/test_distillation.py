@@ -12,7 +12,7 @@ from fits import DOCS, FAST, close_weights, data, mixed, pruned, same_history, t
 from inside import FitData, Schedule, batches, margin_error, with_negatives
 from toys import QUERIES, same_weights, toy_bi_encoder, toy_cross_encoder, weights
 
-from pyterrier_mech import Distillation, FineTuning
+from pyterrier_mech.prune import Distillation, FineTuning
 
 pytestmark = pytest.mark.numeric
 
@@ -270,7 +270,7 @@ def test_electra_keeps_what_widens_its_embeddings():
         (Distillation(hidden=-1.0), None, 'hidden=-1.0'),
         (Distillation(negatives=-0.5), None, 'negatives=-0.5'),
         (Distillation(epochs=0), None, 'epochs=0'),
-        (Distillation(texts_per_query=1), None, 'use 2 or more'),
+        (Distillation(texts_per_query=1), None, 'texts_per_query must be 2 or more; got texts_per_query=1'),
         (FineTuning(learning_rate=0.0), None, 'learning_rate=0.0'),
         (Distillation(), data([2, 3], [0]), 'none of the 2 validation queries'),
         (FineTuning(), data([2], labels=[('q7', 'd0', 1)]), 'none of the 4 rows is judged'),

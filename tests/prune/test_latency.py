@@ -159,7 +159,7 @@ def test_a_plan_by_time(monkeypatch):
         ({'frame': FRAME.head(0)}, 'the frame has no rows'),
         ({'frame': FRAME[['query']]}, "the frame has no 'text'"),
         ({'text_field': 'body'}, "the frame has no 'body'"),
-        ({'repeats': 0}, 'repeats=0 measures nothing'),
+        ({'repeats': 0}, 'repeats must be 1 or more; got repeats=0'),
         ({'model': 'mpnet'}, 'cannot be removed'),
     ],
 )

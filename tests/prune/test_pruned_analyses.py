@@ -61,7 +61,7 @@ def test_attribution(family, units):
     pruned, frame = remove_units(toy_cross_encoder(family), units), pairs(6)
     for method in ('gradient', 'integrated_gradients', 'attribution_patching', 'relp'):
         res = AttributeHeads(pruned, method)(frame)
-        assert heads_of(res) == [name for name in Units.all(pruned) if 'H' in name]
+        assert heads_of(res) == Units.all(pruned, ['heads']).names
     values = stacked(AttributeNeurons(pruned, max_points=9)(frame), 'neurons')
     for layer in range(2):
         count = pruned.n_neurons(layer)
@@ -72,7 +72,7 @@ def test_attribution(family, units):
 def test_gradient_is_that_of_the_silenced_model(family):
     units = UNITS['no heads first, no neurons last']
     model, frame = toy_cross_encoder(family), pairs(6)
-    silenced = CrossEncoder(zeroed(model.model, vars(units)), tokenizer=model.tokenizer)
+    silenced = CrossEncoder(zeroed(model.model, units), tokenizer=model.tokenizer)
     expected = AttributeHeads(silenced, 'gradient')(frame)
     found = AttributeHeads(remove_units(model, units), 'gradient')(frame)
     assert [f'L1H{head}' for head in range(3)] == heads_of(found)
@@ -83,11 +83,11 @@ def test_gradient_is_that_of_the_silenced_model(family):
 def test_attention_shares_are_those_of_the_silenced_model(family, units):
     model, frame = toy_cross_encoder(family), pairs(6)
     shares = [c for c in AttentionShares(model)(frame.head(0)).columns if c.startswith('attention.')]
-    silenced = CrossEncoder(zeroed(model.model, vars(units)), tokenizer=model.tokenizer)
+    silenced = CrossEncoder(zeroed(model.model, units), tokenizer=model.tokenizer)
     expected, found = AttentionShares(silenced)(frame), AttentionShares(remove_units(model, units))(frame)
     for share in shares:
         whole, left = stacked(expected, share), stacked(found, share)
         for layer in range(2):
-            kept = [head for head in range(HEADS) if (layer, head) not in units.heads]
+            kept = [head for head in range(HEADS) if f'L{layer}H{head}' not in units.names]
             close(left[:, layer, : len(kept)], whole[:, layer, kept])
             assert np.isnan(left[:, layer, len(kept) :]).all()

@@ -274,7 +274,7 @@ def test_the_real_cross_encoder_in_a_pipeline():
 
 def test_edited_texts_are_for_those_who_compare():
     edited = TRAIN.assign(text_0=TRAIN['text'], text=TRAIN['text'] + ' ' + TRAIN['query'])
-    for criterion in (Fisher(), SMA(odds=1.0), Movement(steps=2)):
+    for criterion in (Fisher(), SMA(protection=1.0), Movement(steps=2)):
         plain, paired = (fitted(criterion=criterion, frame=frame) for frame in (TRAIN, edited))
         assert plain.plan_ == paired.plan_
         np.testing.assert_allclose(paired(OTHER)['score'], plain(OTHER)['score'], atol=1e-9)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from toys import same_weights, toy_bi_encoder, toy_cross_encoder, training_frame, weights
 
-from pyterrier_mech import BiEncoder, Circuit, CrossEncoder, Distillation, PatchHeads, Plan, PrunedReranker, Rescaling
+from pyterrier_mech import BiEncoder, Circuit, CrossEncoder, PatchHeads, PrunedReranker
+from pyterrier_mech.prune import Distillation, Plan, Rescaling
 
 FRAME = training_frame()
 
@@ -54,7 +55,7 @@ def test_loaded_weights_are_saved_ones_bit_for_bit(kind, tmp_path):
     stage = fitted(KINDS[kind]())
     assert stage.save(tmp_path / 'small') is stage and stage.path == tmp_path / 'small'
     expected = stage(OTHER)
-    for loaded in (PrunedReranker(tmp_path / 'small'), pt.Artifact.load(str(tmp_path / 'small'))):
+    for loaded in (PrunedReranker.load(tmp_path / 'small'), pt.Artifact.load(str(tmp_path / 'small'))):
         assert type(loaded) is PrunedReranker and loaded.fitted and loaded.scores_ is None
         res = loaded(OTHER)
         close(res, expected)
@@ -64,7 +65,7 @@ def test_loaded_weights_are_saved_ones_bit_for_bit(kind, tmp_path):
         assert loaded.qids_ == stage.qids_ == ['q0', 'q1', 'q2']
         pd.testing.assert_frame_equal(loaded.history_, stage.history_, check_dtype=False)
         assert type(loaded.model_) is type(stage.model_) and loaded.model_.head_counts == stage.model_.head_counts
-        assert repr(loaded) == f'PrunedReranker({str(tmp_path / "small")!r})'
+        assert repr(loaded) == f'PrunedReranker.load({str(tmp_path / "small")!r})'
     assert [path.name for path in tmp_path.iterdir()] == ['small']
 
 
@@ -75,6 +76,11 @@ def test_the_ranker_alone_and_a_second_analysis(tmp_path):
     close(ranker(OTHER), stage(OTHER))
     pairs = OTHER.assign(text_0=OTHER['text'], text=OTHER['text'] + ' rust')
     ours, theirs = PatchHeads(ranker)(pairs), PatchHeads(stage.model_)(pairs)
+    # The analysis names the ranker: one by its folder, the other by its module.
+    for frame, name in ((ours, str(tmp_path)), (theirs, '<BertForSequenceClassification>')):
+        notes = frame['analysis'].map(json.loads)
+        assert notes.map(lambda note: name in note.pop('model')).all()
+        frame['analysis'] = notes.map(json.dumps)
     pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-5)
     bi = fitted(KINDS['mean']())
     bi.save(tmp_path / 'bi')
@@ -84,7 +90,7 @@ def test_the_ranker_alone_and_a_second_analysis(tmp_path):
 
 def test_a_saved_one_is_not_fitted_but_its_ranker_can_be_pruned_again(tmp_path):
     fitted(sparsity=0.2, text_field=None).save(tmp_path / 'small')
-    loaded = PrunedReranker(str(tmp_path / 'small'))
+    loaded = PrunedReranker.load(str(tmp_path / 'small'))
     with pytest.raises(ValueError, match='is fitted already: to prune it again, give its model_'):
         loaded.fit(TRAIN)
     with pytest.raises(TypeError, match='the unpruned ranker is not saved'):
@@ -92,7 +98,7 @@ def test_a_saved_one_is_not_fitted_but_its_ranker_can_be_pruned_again(tmp_path):
     again = fitted(loaded.model_, sparsity=0.4)
     assert again.plan_.of_heads == tuple(map(len, loaded.plan_.heads))
     again.save(tmp_path / 'smaller')
-    close(PrunedReranker(tmp_path / 'smaller')(OTHER), again(OTHER))
+    close(PrunedReranker.load(tmp_path / 'smaller')(OTHER), again(OTHER))
 
 
 def test_text_field_and_circuit_are_saved(tmp_path):
@@ -100,7 +106,7 @@ def test_text_field_and_circuit_are_saved(tmp_path):
     stage = PrunedReranker(KINDS['float32'](), text_field='body', protect=circuit, multiple=8)
     stage.fit(TRAIN.rename(columns={'text': 'body'}))
     stage.save(tmp_path / 'small')
-    loaded = PrunedReranker(tmp_path / 'small')
+    loaded = PrunedReranker.load(tmp_path / 'small')
     assert loaded.qids_ == ['q0', 'q1', 'q9']
     frame = OTHER.rename(columns={'text': 'body'})
     close(loaded(frame), stage(frame))
@@ -113,17 +119,17 @@ def test_what_may_be_replaced(tmp_path, monkeypatch):
         stage.save(tmp_path / 'small')
     stage.save(tmp_path / 'small', overwrite=True)
     # It may even replace itself, with the weights that it has not loaded yet.
-    PrunedReranker(tmp_path / 'small').save(tmp_path / 'small', overwrite=True)
-    close(PrunedReranker(tmp_path / 'small')(OTHER), stage(OTHER))
+    PrunedReranker.load(tmp_path / 'small').save(tmp_path / 'small', overwrite=True)
+    close(PrunedReranker.load(tmp_path / 'small')(OTHER), stage(OTHER))
     Circuit.from_units(['L0H1']).save(tmp_path / 'circuit')
     (tmp_path / 'thesis').mkdir()
     for other in ('circuit', 'thesis'):
         with pytest.raises(FileExistsError, match='holds no saved PrunedReranker, so it stays'):
             stage.save(tmp_path / other, overwrite=True)
         with pytest.raises(ValueError, match='holds no saved PrunedReranker'):
-            PrunedReranker(tmp_path / other)
-    with pytest.raises(FileNotFoundError, match=r'give a ranker to prune|Give a ranker to prune'):
-        PrunedReranker(tmp_path / 'nothing')
+            PrunedReranker.load(tmp_path / other)
+    with pytest.raises(FileNotFoundError, match=r'There is no .*nothing.*PrunedReranker.save\(path\)'):
+        PrunedReranker.load(tmp_path / 'nothing')
     monkeypatch.setattr(Plan, 'save', refuse)
     before = sorted(path for path in tmp_path.rglob('*'))
     for path in ('new', 'small'):
@@ -167,7 +173,7 @@ def test_pickle(tmp_path):
     close(again(OTHER), stage(OTHER))
     assert again.plan_ == stage.plan_ and again.qids_ == stage.qids_ and repr(again) == repr(stage)
     stage.save(tmp_path / 'small')
-    loaded = PrunedReranker(tmp_path / 'small')
+    loaded = PrunedReranker.load(tmp_path / 'small')
     loaded(OTHER)
     data = pickle.dumps(loaded)
     assert len(data) < 100_000

@@ -8,8 +8,7 @@ from fits import KEPT_NEURONS as NEURONS
 from fits import data, mixed
 from toys import RESIZABLE, same_weights, toy_bi_encoder, toy_cross_encoder, weights
 
-from pyterrier_mech import Rescaling
-from pyterrier_mech.prune import prune_units
+from pyterrier_mech.prune import Rescaling, prune_units
 
 pytestmark = pytest.mark.numeric
 
@@ -186,11 +185,15 @@ def test_progress_bar_only_if_the_ranker_is_verbose(capsys):
     assert capsys.readouterr().err == ''
 
 
-@pytest.mark.parametrize('settings', [{'max_pairs': 0}, {'ridge': 0.0}, {'ridge': float('nan')}, {'max_pairs': -1}])
-def test_settings_out_of_range(settings):
+@pytest.mark.parametrize(
+    'name, value, wanted',
+    [('max_pairs', 0, '1 or more'), ('max_pairs', -1, '1 or more')]
+    + [('ridge', value, 'above 0') for value in (0.0, float('nan'))],
+)
+def test_settings_out_of_range(name, value, wanted):
     teacher = toy_cross_encoder('bert')
-    with pytest.raises(ValueError, match='must be positive'):
-        Rescaling(**settings).recover(prune_units(teacher, HEADS, NEURONS), teacher, data())
+    with pytest.raises(ValueError, match=f'{name} must be {wanted}; got {name}={value}'):
+        Rescaling(**{name: value}).recover(prune_units(teacher, HEADS, NEURONS), teacher, data())
 
 
 def test_families_that_cannot_be_cut():

@@ -8,7 +8,7 @@ from fits import FAST, close_weights, data, pruned, trained
 from inside import FitData, Schedule, groups, train
 from toys import same_weights, toy_cross_encoder, weights
 
-from pyterrier_mech import Distillation, FineTuning
+from pyterrier_mech.prune import Distillation, FineTuning
 
 TRAIN, VALIDATION = data([0, 1, 2], range(5)), data([3], range(6))
 

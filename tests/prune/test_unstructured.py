@@ -17,8 +17,8 @@ from toys import (
     weights,
 )
 
-from pyterrier_mech import Distillation, PatchHeads
-from pyterrier_mech.prune import UnitScores, mask_weights
+from pyterrier_mech import PatchHeads
+from pyterrier_mech.prune import Distillation, UnitScores, mask_weights
 
 
 def maps(model):
@@ -110,7 +110,7 @@ def test_it_is_a_ranker_of_the_same_size():
 def test_bad_input():
     model = toy_cross_encoder('bert')
     for sparsity in (0, 1, -0.1, float('nan')):
-        with pytest.raises(ValueError, match='is no share between 0 and 1'):
+        with pytest.raises(ValueError, match=f'sparsity must be a share between 0 and 1; got sparsity={sparsity}'):
             mask_weights(model, sparsity)
     with pytest.raises(ValueError, match='scores of 1 layers'):
         mask_weights(model, 0.5, UnitScores([np.ones(HEADS)], [np.ones(NEURONS)]))

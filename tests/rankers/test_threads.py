@@ -7,12 +7,11 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from inside import Site, tf32
 from toys import QUERIES, TEXTS, pairs, toy_bi_encoder, toy_cross_encoder, toy_module
 
 from pyterrier_mech import AblatedReranker, AttributeHeads, BiEncoder, CrossEncoder, PatchHeads
 from pyterrier_mech.prune import prune_units
-from pyterrier_mech.rankers.ranker import _tf32
-from pyterrier_mech.units import Site
 
 ALL = [[range(4)] * 2, [range(48)] * 2]
 
@@ -69,18 +68,18 @@ def test_dropout_stays_off_and_the_mode_comes_back():
 
 
 def test_a_lazy_ranker_loads_once(tmp_path, monkeypatch):
-    from pyterrier_mech.rankers import ranker
+    from pyterrier_mech.rankers import loading
 
     module, tokenizer = toy_module('bert')
     module.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loads, real = [], ranker.load_module
+    loads, real = [], loading.load_module
 
     def counted(*args, **kwargs):
         loads.append(threading.get_ident())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ranker, 'load_module', counted)
+    monkeypatch.setattr(loading, 'load_module', counted)
     model = CrossEncoder(str(tmp_path), device='cpu', dtype='float64')
     together(lambda: model.score(QUERIES[:1], TEXTS[:1]), times=8)
     assert len(loads) == 1
@@ -107,8 +106,8 @@ def test_hooks_of_a_run_in_another_thread_are_not_seen(work):
 def test_tf32_is_off_again_after_runs_that_overlap():
     before = torch.backends.cuda.matmul.allow_tf32
     with ExitStack() as first, ExitStack() as second:
-        first.enter_context(_tf32(True))
-        second.enter_context(_tf32(True))
+        first.enter_context(tf32(True))
+        second.enter_context(tf32(True))
         first.close()
         assert torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32 == before

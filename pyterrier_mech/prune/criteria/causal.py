@@ -98,18 +98,10 @@ class Conductance:
             units = [total.sum(0).reshape(shape).sum(1).abs() for total, shape in zip(integrals, widths, strict=True)]
             return [as_numpy(values) for values in units]
 
-        sums = [np.zeros(count) for count, _ in widths]
-        above = 0
-        for result in integrate(
-            model,
-            lines(model, {'query': data.queries, 'text': data.texts}, self.baseline, row_names(data.frame)),
-            site=site,
-            rule=self._rule,
-            reduce=reduce,
-            budget=model.budget,
-            verbose=model.verbose,
-            desc=f'conductance of {site}',
-        ):
+        sums, above = [np.zeros(count) for count, _ in widths], 0
+        ways = lines(model, {'query': data.queries, 'text': data.texts}, self.baseline, row_names(data.frame))
+        shown: dict[str, Any] = {'verbose': model.verbose, 'desc': f'conductance of {site}'}
+        for result in integrate(model, ways, site=site, rule=self._rule, reduce=reduce, budget=model.budget, **shown):
             above += result.error > self.tolerance
             for total, values in zip(sums, result.value, strict=True):
                 total += values

@@ -63,7 +63,8 @@ class _Gradient:
         for batch in unit_gradients(model, data):
             weights = np.ones(len(batch.rows))
             if relevant is not None:
-                weights = _sigmoid(batch.scores) - relevant[batch.rows]
+                # The logistic function by tanh, which does not overflow.
+                weights = 0.5 * (1 + np.tanh(batch.scores.astype(np.float64) / 2)) - relevant[batch.rows]
             for kind in KINDS:
                 added = [power(weights[:, None] * g).sum(0) for g in getattr(batch, kind)]
                 sums[kind] = [a + b for a, b in zip(sums[kind], added, strict=True)] if kind in sums else added
@@ -134,11 +135,6 @@ class Fisher(_Gradient):
             ValueError: If a setting is not known, the data lacks what is needed, or a gradient is not finite.
         """
         return self._scores(model, data, np.square, joint=True)
-
-
-def _sigmoid(scores: np.ndarray) -> np.ndarray:
-    # By tanh, which does not overflow.
-    return 0.5 * (1 + np.tanh(scores.astype(np.float64) / 2))
 
 
 def _unit_norm(values: np.ndarray) -> np.ndarray:

@@ -12,15 +12,7 @@ from scipy.stats import rankdata
 from pyterrier_mech.circuits.discovery import discover_circuit
 from pyterrier_mech.circuits.roles import FLOWS, ODDS, SHARE, AttentionShares, head_roles
 from pyterrier_mech.patch.ablate import AblateHeads
-from pyterrier_mech.prune.criteria.causal import (
-    Perturbing,
-    check_perturbation,
-    mean_effects,
-    patch_stage,
-    patchable,
-    two_versions_of,
-    variants,
-)
+from pyterrier_mech.prune.criteria import causal
 from pyterrier_mech.prune.criteria.gates import unit_gradients
 from pyterrier_mech.prune.data import FitData, sample
 from pyterrier_mech.prune.protocol import at_least, check_step
@@ -80,7 +72,7 @@ class SMA:
     needs: ClassVar[frozenset[str]] = frozenset({'text'})
 
     circuit: Any = None
-    perturbation: Perturbing | None = None
+    perturbation: causal.Perturbing | None = None
     protection: float = 3.0
     role_weighting: bool = True
     max_pairs: int | None = 200
@@ -101,7 +93,7 @@ class SMA:
             TypeError: If the perturbation is neither a function nor a stage.
             ValueError: If one is out of range.
         """
-        check_perturbation(self.perturbation)
+        causal.check_perturbation(self.perturbation)
         at_least(1, self, 'max_pairs')
         if not 1 <= self.protection < np.inf:
             raise ValueError(
@@ -120,9 +112,9 @@ class SMA:
         if self.circuit is not None:
             self.circuit.check(model)
         some = sample(_labelled(data), self.max_pairs, self.seed)
-        heads = mean_effects(model, AblateHeads(model, text_field='text').transform(some.plain.frame))
+        heads = causal.mean_effects(model, AblateHeads(model, text_field='text').transform(some.plain.frame))
         neurons, selectivity = _neurons(model, some.plain, self.min_rel)
-        passes = 1 + variants(model) + 3
+        passes = 1 + causal.variants(model) + 3
         notes: dict[str, Any] = {'pairs': len(some.frame)}
         if self.role_weighting:
             strengths = _head_strengths(model, some.plain)
@@ -146,11 +138,11 @@ class SMA:
             return Units(), {'protection': 'none: protection=1'}, 0.0
         if self.perturbation is None and not data.paired:
             return Units(), {'protection': 'none: no circuit, and no second version of the texts to find one'}, 0.0
-        frame, unpatchable = patchable(model, two_versions_of(data, self.perturbation))
+        frame, unpatchable = causal.patchable(model, causal.two_versions_of(data, self.perturbation))
         heads = _circuit_heads(model, frame, self.seed)
         found = 'discovered' if heads else 'discovered, without heads: no interval of an effect excludes 0'
         notes = {'protection': found, 'unpatchable': unpatchable}
-        return heads | _top(neurons, _NEURON_SHARE), notes, (2 + variants(model)) * len(frame) / len(data.frame)
+        return heads | _top(neurons, _NEURON_SHARE), notes, (2 + causal.variants(model)) * len(frame) / len(data.frame)
 
 
 def _neurons(model: Ranker, data: FitData, min_rel: int) -> tuple[Layers, Layers | None]:
@@ -210,7 +202,7 @@ def _circuit_heads(model: Ranker, frame: pd.DataFrame, seed: int) -> Units:
     # With one query there are no intervals.
     if frame['qid'].nunique() < 2 or not any(model.counts(HEADS).values()):
         return Units()
-    effects = HeadEffects.from_frame(patch_stage(model).transform(frame), seed=seed)
+    effects = HeadEffects.from_frame(causal.patch_stage(model).transform(frame), seed=seed)
     table = effects.to_frame()
     certain = int(((table['ratio_low'] > 0) | (table['ratio_high'] < 0)).sum())
     most = max(1, round(_HEAD_SHARE * len(table)))

@@ -252,8 +252,7 @@ def _contrasts(data: FitData, order: np.ndarray) -> list[tuple[np.ndarray, np.nd
     for row in order.tolist():
         if not np.isnan(labels[row]):
             rows.setdefault(qids[row], []).append(row)
-    contrasts = [(np.asarray(of_query), labels[of_query]) for of_query in rows.values()]
-    contrasts = [(of_query, of_rows) for of_query, of_rows in contrasts if np.ptp(of_rows) > 0]
+    contrasts = [(np.asarray(some), labels[some]) for some in rows.values() if np.ptp(labels[some]) > 0]
     if not contrasts:
         raise ValueError(
             f'none of the {len(set(qids))} queries has two texts with different labels, so nothing can be learned: '

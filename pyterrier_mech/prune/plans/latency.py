@@ -192,14 +192,10 @@ def _counts(model: Ranker, kind: str) -> list[int]:
 
 def _variant(model: Ranker, kind: str, share: float, layers: Sequence[int]) -> Ranker:
     """Returns a copy with a share of the heads, or of the neurons, in some layers and nothing elsewhere."""
-    kept = (
-        [
-            list(range(round(share * count) if name == kind and layer in layers else 0))
-            for layer, count in enumerate(_counts(model, name))
-        ]
-        for name in KINDS
-    )
-    variant = prune_units(model, *kept)
+    kept: dict[str, list[range]] = {name: [range(0)] * model.n_layers for name in KINDS}
+    for layer in layers:
+        kept[kind][layer] = range(round(share * _counts(model, kind)[layer]))
+    variant = prune_units(model, kept[HEADS], kept[NEURONS])
     # Embeddings can be most of a model, and are the same in all variants.
     variant.map.base.set_input_embeddings(model.map.base.get_input_embeddings())
     return variant

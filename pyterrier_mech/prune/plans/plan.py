@@ -87,9 +87,7 @@ class Plan:
     @property
     def removed(self) -> Units:
         """The units that go."""
-        return (
-            _units([range(count) for count in self.of_heads], [range(count) for count in self.of_neurons]) - self.kept
-        )
+        return _units(*([range(count) for count in counts] for counts in (self.of_heads, self.of_neurons))) - self.kept
 
     def check(self, model: Ranker) -> Plan:
         """Returns this plan if it is for a ranker.

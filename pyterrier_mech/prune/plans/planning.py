@@ -18,6 +18,8 @@ from pyterrier_mech.units import HEADS, KINDS, NEURONS, Site, Unit, Units
 
 BUDGETS = ('flops', 'parameters', 'latency')
 
+Number = float | None
+
 
 def make_plan(
     model: Ranker,
@@ -55,7 +57,8 @@ def make_plan(
     """
     settings = {'budget': budget, 'speedup': speedup, 'protect': protect, 'multiple': multiple}
     protected = check_plan_settings(model, sparsity, allocation=allocation, **settings)
-    made, costs, room = _stacked(model, scores.check(model), sparsity, tokens=tokens, latency=latency, **settings)
+    costs = _costs(model, budget, tokens, latency)
+    made, room = _stacked(scores.check(model), costs, _target(sparsity, speedup, budget), protected, multiple)
     prioritise, skip = ALLOCATIONS[allocation]
     share = room / (costs.whole - costs.fixed)
     taken, spent = fill(made, prioritise(made, scores.joint, share), room, skip=skip)
@@ -64,28 +67,13 @@ def make_plan(
         for stack, blocks in zip(made, taken, strict=True)
         for number in stack.order[: stack.edges[blocks]].tolist()
     )
-    told = {
-        'sparsity': sparsity,
-        'speedup': speedup,
-        'budget': budget,
-        'allocation': allocation,
-        'multiple': multiple,
-        'tokens': tokens,
-        'protected': protected.names,
-        'kept_share': (spent + costs.fixed) / costs.whole,
-    }
-    return plan_keeping(model, kept, told)
+    asked = {'sparsity': sparsity, 'speedup': speedup, 'budget': budget, 'allocation': allocation}
+    found = {'tokens': tokens, 'protected': protected.names, 'kept_share': (spent + costs.fixed) / costs.whole}
+    return plan_keeping(model, kept, {**asked, 'multiple': multiple, **found})
 
 
 def check_plan_settings(
-    model: Ranker,
-    sparsity: float | None,
-    *,
-    budget: str,
-    speedup: float | None,
-    allocation: str,
-    protect: Any,
-    multiple: int,
+    model: Ranker, sparsity: Number, *, budget: str, speedup: Number, allocation: str, protect: Any, multiple: int
 ) -> Units:
     """Checks the settings of `make_plan`, and returns the protected units.
 
@@ -115,7 +103,9 @@ def check_budget(model: Ranker, sparsity: float | None, **settings: Any) -> None
         ValueError: If not.
     """
     heads, neurons = ([np.zeros(count) for count in model.counts(kind).values()] for kind in KINDS)
-    _stacked(model, UnitScores(heads, neurons), sparsity, **settings)
+    costs = _costs(model, settings['budget'], settings['tokens'], settings['latency'])
+    target = _target(sparsity, settings['speedup'], settings['budget'])
+    _stacked(UnitScores(heads, neurons), costs, target, Units.of(settings['protect']), settings['multiple'])
 
 
 def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple[float, str]:
@@ -136,25 +126,15 @@ def _target(sparsity: float | None, speedup: float | None, budget: str) -> tuple
 
 
 def _stacked(
-    model: Ranker,
-    scores: UnitScores,
-    sparsity: float | None,
-    *,
-    budget: str,
-    speedup: float | None,
-    protect: Any,
-    multiple: int,
-    tokens: float,
-    latency: Costs | None,
-) -> tuple[list[Stack], Costs, float]:
-    """Returns the units of all layers in blocks, what they cost, and what they may cost together.
+    scores: UnitScores, costs: Costs, asked: tuple[float, str], protected: Units, multiple: int
+) -> tuple[list[Stack], float]:
+    """Returns the units of all layers in blocks, and what they may cost together.
 
     Raises:
         ValueError: If what must stay costs more.
     """
-    costs, protected = _costs(model, budget, tokens, latency), Units.of(protect)
     made = stacks(scores, costs, protected, {HEADS: 1, NEURONS: multiple})
-    target, wanted = _target(sparsity, speedup, budget)
+    target, wanted = asked
     room, least = target * costs.whole - costs.fixed, least_cost(made)
     if least > room + 1e-9 * costs.whole:
         raise ValueError(
@@ -163,7 +143,7 @@ def _stacked(
             f'{least / costs.whole:.1%}, what no unit owns {costs.fixed / costs.whole:.1%}. '
             f'{"Protect fewer, or ask" if protected else "Ask"} for less'
         )
-    return made, costs, room
+    return made, room
 
 
 def _costs(model: Ranker, budget: str, tokens: float, latency: Costs | None) -> Costs:

@@ -96,7 +96,7 @@ class Distillation(Schedule):
         check_comparable(data)
         inputs = data.inputs(teacher)
         # Not before the first batch: a checkpoint that does not fit is refused before this work.
-        targets = cache(lambda: _scores(teacher, data))
+        targets = cache(lambda: torch.from_numpy(teacher.score(data.queries, data.texts)).to(teacher.map.device))
         streams = self.hidden > 0
 
         def loss(rows: np.ndarray, group: np.ndarray) -> torch.Tensor:
@@ -133,10 +133,6 @@ def identity_of(ranker: Ranker) -> tuple[object, ...]:
     """Returns what determines the scores of a ranker, but not the memory address of anything."""
     label = getattr(ranker, 'label', None)
     return fingerprint(ranker), label, ranker.maker.max_length, ranker.dtype, ranker.stated_
-
-
-def _scores(ranker: Ranker, data: FitData) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(ranker.score(data.queries, data.texts))).to(ranker.map.device)
 
 
 def with_negatives(data: FitData, share: float, seed: int) -> FitData:

@@ -24,6 +24,8 @@ from pyterrier_mech.saving import write_atomic
 
 Loss = Callable[[np.ndarray, np.ndarray], torch.Tensor]
 """From the rows of a batch and the group of each row to a loss with its graph."""
+Validate = Callable[[], float] | None
+"""Tells what is to become small, if there is validation data."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,7 @@ def batches(data: FitData, schedule: Schedule) -> Iterator[tuple[np.ndarray, np.
 
 
 def train(
-    student: Ranker,
-    data: FitData,
-    loss: Loss,
-    validate: Callable[[], float] | None,
-    schedule: Schedule,
-    identity: object = '',
+    student: Ranker, data: FitData, loss: Loss, validate: Validate, schedule: Schedule, identity: object = ''
 ) -> pd.DataFrame:
     """Trains a ranker's layers and head in place; embeddings stay, dropout is off.
 
@@ -225,7 +222,7 @@ class _Run:
         self.losses.append(value)
         return value
 
-    def note(self, validate: Callable[[], float] | None) -> None:
+    def note(self, validate: Validate) -> None:
         """Validates, and keeps the weights if they are the best so far."""
         value = float('nan')
         if validate is not None:
