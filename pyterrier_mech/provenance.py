@@ -141,7 +141,7 @@ def _split(joined: str) -> list[str]:
 
 
 def noted(model: Any) -> str:
-    """Returns what notes call a ranker: the call that makes it and, since modules look alike there, a name of weights."""
+    """Returns what notes call a ranker: the call that makes it and, as modules look alike, a name of weights."""
     if isinstance(model.model, (str, Path)):
         return repr(model)
     some = [part.detach().flatten()[:: part.numel() // 8 + 1].tolist() for part in model.map.module.parameters()]
