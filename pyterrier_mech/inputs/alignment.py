@@ -21,6 +21,7 @@ UNCHANGED = 'nothing changed'
 TRUNCATED = 'edit truncated away'
 UNALIGNED = 'no alignment'
 FILLER = 'edit equals the filler'
+HIDDEN = 'the first token, which is read, is hidden'
 
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
 """Types of positions."""

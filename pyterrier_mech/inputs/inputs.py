@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from pyterrier_mech.anatomy.model import Batch, first_position
+from pyterrier_mech.anatomy.readouts import FirstToken
 from pyterrier_mech.frames import Fields
-from pyterrier_mech.inputs.alignment import TYPES, UNALIGNED, UNCHANGED, Aligner, Alignment
+from pyterrier_mech.inputs.alignment import HIDDEN, MASK_FILLER, TYPES, UNALIGNED, UNCHANGED, Aligner, Alignment
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 
 ORIGINAL, PERTURBED = 'original', 'perturbed'
@@ -153,6 +154,10 @@ class Inputs:
 
         aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in model.towers]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
+        if filler == MASK_FILLER and isinstance(model.readout, FirstToken):
+            for row, ones in enumerate(zip(*aligned, strict=True)):
+                if not problems[row] and not all(one.original_mask[0] and one.perturbed_mask[0] for one in ones):
+                    problems[row] = HIDDEN
         pad = model.maker.pad_id
         towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]
         return cls(model, towers, problems)

@@ -11,6 +11,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from toys import (
     DESCRIBED,
     FAMILIES,
@@ -28,7 +29,7 @@ from toys import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from pyterrier_mech import CrossEncoder, HeadEffects, PatchHeads
+from pyterrier_mech import BiEncoder, CrossEncoder, HeadEffects, PatchHeads
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 
@@ -108,6 +109,17 @@ def test_mask_filler_numbers_positions_as_the_model_does():
     model, frame = CrossEncoder(module, tokenizer=tokenizer), pairs(8)
     res = PatchHeads(model, filler='mask')(frame)
     np.testing.assert_allclose(res['score_original'], model.score(frame['query'], frame['text_0']), atol=1e-12)
+
+
+def test_a_hidden_token_is_not_read():
+    module, tokenizer = toy_module('bert', classifier=False)
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[])
+    model, frame = BiEncoder(module, tokenizer=bare, pooling='cls'), pairs(2)
+    frame = frame.assign(text=['rust ' + frame.text_0[0], frame.text_0[1] + ' rust'])
+    res = PatchHeads(model, filler='mask')(frame)
+    assert list(res.patchable) == ['the first token, which is read, is hidden', 'yes']
+    np.testing.assert_allclose(res.score_original, model.score(frame['query'], frame['text_0']), atol=1e-12)
 
 
 def test_mask_filler_leaves_the_same_tokens_out_of_the_mean():
