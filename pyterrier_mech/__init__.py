@@ -7,7 +7,7 @@ Every analysis takes a PyTerrier frame and returns one:
 from pyterrier_mech import measures, plot, prune, stats
 from pyterrier_mech.attribute import AttributeHeads, AttributeNeurons, AttributeTokens
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
-from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers
+from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
 from pyterrier_mech.prune import PrunedReranker
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
@@ -37,6 +37,7 @@ __all__ = [
     'AttributeTokens',
     'PatchHeads',
     'PatchLayers',
+    'PatchPaths',
     # results
     'Circuit',
     'HeadEffects',

@@ -118,17 +118,15 @@ def _only(frame: pd.DataFrame) -> Analysis | None:
 
 def _joined(names: Sequence[str]) -> str:
     """From ['L0H0', 'L0H1', 'L0H2', 'L1H4'] to 'L0H0-2 L1H4'."""
-    runs: list[tuple[str, int, int, str]] = []
+    runs: list[tuple[str, int | None, int | None, str]] = []
     for name in names:
         match = _NUMBERED.fullmatch(name)
-        if match is None:
-            raise ValueError(f'{name!r} does not name a column of a unit')
-        before, number, after = match[1], int(match[2]), match[3]
-        if runs and runs[-1][0] == before and runs[-1][2] == number - 1 and runs[-1][3] == after:
+        before, number, after = (match[1], int(match[2]), match[3]) if match else (name, None, '')
+        if number is not None and runs and runs[-1] == (before, runs[-1][1], number - 1, after):
             runs[-1] = (before, runs[-1][1], number, after)
         else:
             runs.append((before, number, number, after))
-    return ' '.join(f'{b}{i}{a}' if i == j else f'{b}{i}-{j}{a}' for b, i, j, a in runs)
+    return ' '.join(f'{b}{"" if i is None else i}{a}' if i == j else f'{b}{i}-{j}{a}' for b, i, j, a in runs)
 
 
 def _split(joined: str) -> list[str]:

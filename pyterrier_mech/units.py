@@ -19,9 +19,12 @@ from pyterrier_mech.draws import shuffled
 HEADS, NEURONS = 'heads', 'neurons'
 LETTERS = {HEADS: 'H', NEURONS: 'N'}
 KINDS = tuple(LETTERS)
+INSIDE = ('q', 'k', 'v', 'pattern')
+"""What is inside a head: its queries, keys, values and attention weights. `L3H7.k` are the keys of a head."""
+STACKS = ('enc', 'dec', 'cross')
 
 _KIND_OF = {letter: kind for kind, letter in LETTERS.items()}
-_NAME = re.compile(r'(?:([a-z]+)\.)?L(0|[1-9][0-9]*)([HN])(0|[1-9][0-9]*)')
+_NAME = re.compile(rf'(?:({"|".join(STACKS)})\.)?L(0|[1-9][0-9]*)([HN])(0|[1-9][0-9]*)(?:\.({"|".join(INSIDE)}))?')
 _FORMS = "Write 'L3H7' for a head, 'L3N120' for a neuron, (3, 7) for a head; layers and units are counted from 0."
 
 
@@ -51,8 +54,10 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name: 'L3H7'."""
-        return f'{self.site.prefix}{LETTERS[self.site.kind]}{self.index}'
+        """Its name: 'L3H7', or 'L3H7.k' of what is inside a head."""
+        kind = self.site.kind
+        letter, end = (LETTERS[HEADS], f'.{kind}') if kind in INSIDE else (LETTERS[kind], '')
+        return f'{self.site.prefix}{letter}{self.index}{end}'
 
 
 class Countable(Protocol):
@@ -81,8 +86,9 @@ def parse(name: Any, kind: str = HEADS) -> Unit:
     if isinstance(name, str):
         match = _NAME.fullmatch(name)
         if match is not None:
-            stack, layer, letter, number = match.groups()
-            return Unit(Site(_KIND_OF[letter], int(layer), stack or ''), int(number))
+            stack, layer, letter, number, inside = match.groups()
+            if inside is None or letter == LETTERS[HEADS]:
+                return Unit(Site(inside or _KIND_OF[letter], int(layer), stack or ''), int(number))
     elif isinstance(name, Unit):
         return name
     else:
@@ -98,7 +104,8 @@ def parse(name: Any, kind: str = HEADS) -> Unit:
 def unit_columns(frame: pd.DataFrame, kind: str = HEADS) -> list[Unit]:
     """Returns the units of a kind that have a column in a frame, sorted, whatever the order of the columns."""
     found = (_NAME.fullmatch(column) for column in frame.columns if isinstance(column, str))
-    return sorted(parse(match[0]) for match in found if match is not None and _KIND_OF[match[3]] == kind)
+    named = (parse(match[0]) for match in found if match is not None and (match[5] is None or match[3] != 'N'))
+    return sorted(unit for unit in named if unit.site.kind == kind)
 
 
 class Units(frozenset[Unit]):
@@ -125,12 +132,12 @@ class Units(frozenset[Unit]):
         if hasattr(units, 'units'):
             return cls.of(units.units)
         if isinstance(units, (str, Unit)):
-            return cls([parse(units)])
+            return cls([_whole(units)])
         if isinstance(units, Mapping):
             return cls(_from_mapping(units))
         if not isinstance(units, Iterable):
             raise TypeError(f'units must be a list of names; got {units!r}. {_FORMS}')
-        return cls(parse(unit) for unit in units)
+        return cls(_whole(unit) for unit in units)
 
     @classmethod
     def all(cls, model: Countable, kinds: Sequence[str] = KINDS) -> Units:
@@ -230,6 +237,13 @@ class Units(frozenset[Unit]):
     def __repr__(self) -> str:
         """Rebuilds the set."""
         return f'Units.of({self.names!r})'
+
+
+def _whole(name: Any) -> Unit:
+    unit = parse(name)
+    if unit.site.kind not in KINDS:
+        raise ValueError(f'{name!r} names what is inside a head; here whole heads and neurons are meant. {_FORMS}')
+    return unit
 
 
 def _from_mapping(units: Mapping[Any, Any]) -> Iterator[Unit]:

@@ -31,6 +31,7 @@ from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
+from pyterrier_mech.patch.variants import variants_of
 from pyterrier_mech.perturb._documents import plain_words  # noqa: F401
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
 from pyterrier_mech.prune.criteria.gates import gating, unit_gradients
@@ -175,8 +176,10 @@ def forced_effects(model, texts, heads):
     inputs = Inputs(model, [AlignedTower(forced, model.towers[0], model.maker.pad_id)], [''] * len(texts))
     units = sorted(Units.of(heads))
     with model.computing():
-        vectors = PatchHeads(model)._vectors(engine_for(model), inputs, 0, np.arange(len(texts)), units, 10_000)
-    return (vectors - vectors[:1]).numpy()
+        engine, rows = engine_for(model), np.arange(len(texts))
+        both, (base, source) = PatchHeads(model)._both(engine, inputs, 0, rows, [unit.site for unit in units])
+        vectors = engine.vectors(base, source.values, variants_of(units), 10_000)
+    return (torch.cat([both, vectors]) - both[:1]).numpy()
 
 
 def why_not_plain(model):

@@ -17,6 +17,7 @@ from pyterrier_mech import (
     PatchedReranker,
     PatchHeads,
     PatchLayers,
+    PatchPaths,
     Perturb,
     PrunedReranker,
     perturbation,
@@ -72,6 +73,15 @@ STAGES = {
     'PatchLayers by position': (
         lambda model, **settings: PatchLayers(bi(model), sites=['mlp_out'], by='position', **settings), edited, True
     ),
+    'PatchHeads of keys by token type': (
+        lambda model, heads=('L0H1', 'L1H2'), **settings: PatchHeads(
+            cross(model), heads=heads, site='k', by='token_type', **settings
+        ), edited, True
+    ),
+    'PatchPaths': (
+        lambda model, **settings: PatchPaths(cross(model), ['score', 'L1H2.k'], **settings), edited, True
+    ),
+    'PatchPaths to all': (lambda model, **settings: PatchPaths(bi(model), 'all', **settings), edited, True),
     'AblateHeads': (lambda model, **settings: AblateHeads(cross(model), **settings), plain, True),
     'AblateHeads by means': (
         lambda model, **settings: AblateHeads(bi(model), 'mean', reference=reference(), **settings), plain, True
@@ -100,6 +110,7 @@ STAGES = {
 # The setting that names units, and whether neurons may be among them.
 WITH_UNITS = {
     'PatchHeads': ('heads', False),
+    'PatchPaths': ('senders', False),
     'AblateHeads': ('heads', False),
     'AblatedReranker': ('units', True),
     'PatchedReranker': ('units', True),

@@ -116,8 +116,16 @@ class Layer:
         """Queries and keys, positions applied, and values, each [rows, heads, tokens, d_h]."""
         parts = self.qkv_parts
         q, k, v = parts[0](h).chunk(3, dim=-1) if len(parts) == 1 else (part(h) for part in parts)
-        float32 = self.family.rotary_float32
-        return rotate(self.split(q), rotary, float32), rotate(self.split(k), rotary, float32), self.split(v)
+        return self.rotated(self.split(q), rotary), self.rotated(self.split(k), rotary), self.split(v)
+
+    def rotated(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        """Applies rotary positions to queries or keys [rows, heads, tokens, d_h], where the layer has some."""
+        return rotate(x, rotary, self.family.rotary_float32)
+
+    def projected(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """Queries (0), keys (1) or values (2) of the layer's input, joined, before positions are applied."""
+        h, parts = self.attention_input(x), self.qkv_parts
+        return parts[0](h).chunk(3, dim=-1)[number] if len(parts) == 1 else parts[number](h)
 
     def z(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """Head outputs, joined."""

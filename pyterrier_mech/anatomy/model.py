@@ -24,7 +24,7 @@ from pyterrier_mech.anatomy.layers import Context, Layer, Pick
 from pyterrier_mech.anatomy.plain import why_not_plain
 from pyterrier_mech.anatomy.readouts import Readout
 from pyterrier_mech.anatomy.sites import PLACES, Place
-from pyterrier_mech.units import HEADS, NEURONS, Site
+from pyterrier_mech.units import NEURONS, Site
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 """From the tensor of a site to what stands in its place."""
@@ -144,9 +144,10 @@ class ModelMap:
             return _locks.setdefault(self.base, threading.RLock())
 
     def counts(self, kind: str) -> dict[Site, int]:
-        """Returns how many 'heads' or 'neurons' each site of the kind has."""
-        of = {HEADS: lambda layer: layer.n_heads, NEURONS: lambda layer: layer.n_neurons}[kind]
-        return {Site(kind, i): of(layer) for i, layer in enumerate(self.layers)}
+        """Returns how many heads (also where the kind is inside heads) or neurons each site of the kind has."""
+        return {
+            Site(kind, i): layer.n_neurons if kind == NEURONS else layer.n_heads for i, layer in enumerate(self.layers)
+        }
 
     def sites(self, kind: str) -> list[Site]:
         """Returns the sites of a kind, from the first layer."""
@@ -331,9 +332,10 @@ def _hook(place: Place, edit: Edit) -> Any:
     def post(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         tensor = place.read((), {}, output)
         edited = edit(tensor)
-        if edited is tensor:
+        # A share that gradients are asked for must be what the module goes on with.
+        if edited is tensor and (place.share[1] == 1 or not torch.is_grad_enabled()):
             return None
-        return edited if isinstance(output, torch.Tensor) else (edited, *output[1:])
+        return place.written(output, edited)
 
     if place.end == 'input':
         return place.module.register_forward_pre_hook(pre, with_kwargs=True)

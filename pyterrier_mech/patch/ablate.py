@@ -12,8 +12,9 @@ import torch
 from pyterrier_mech.frames import Fields, texts_of, with_columns
 from pyterrier_mech.inputs.batching import collected
 from pyterrier_mech.inputs.inputs import Inputs
-from pyterrier_mech.patch.engine import engine_for, traced, variants_of
+from pyterrier_mech.patch.engine import engine_for, traced
 from pyterrier_mech.patch.replacement import VALUES, Replacement, check_value, keys
+from pyterrier_mech.patch.variants import variants_of
 from pyterrier_mech.provenance import Analysis, noted
 from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage, choice, units
@@ -119,7 +120,7 @@ class AblateHeads(Keeping, Ablation):
                 if not heads:
                     return original
                 values = replacement.values(inputs, tower, rows, [read[tower][row] for row in rows])
-                targets = {site: values(site).to(original.dtype) for site in touched}
+                targets = {site: values(site).to(original.dtype).expand_as(base.values[site]) for site in touched}
                 return torch.cat([original, engine.vectors(base, targets, variants_of(heads), budget.tokens)])
 
             def step(rows: np.ndarray) -> np.ndarray:

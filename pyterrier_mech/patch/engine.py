@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 from pyterrier_mech.anatomy.model import ModelMap, Run, Values
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.hooked import Hooked
-from pyterrier_mech.patch.wavefront import Variant, Wavefront
-from pyterrier_mech.units import HEADS, Site, Unit
+from pyterrier_mech.patch.variants import Received, Variant, changing
+from pyterrier_mech.patch.wavefront import Wavefront
+from pyterrier_mech.units import HEADS, Site
 
 _logger = logging.getLogger('pyterrier_mech')
 _told: set[str] = set()
@@ -21,6 +22,9 @@ _told: set[str] = set()
 
 class Engine(Protocol):
     """Replaces sites, or heads of them, one at a time."""
+
+    def recorded(self, kinds: Sequence[str]) -> list[str]:
+        """Returns which kinds of sites both runs must have so that sites of some kinds can be replaced."""
 
     def vectors(self, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int) -> torch.Tensor:
         """Returns the vectors [variants, pairs, d] of the base run with one thing at a time replaced.
@@ -32,22 +36,31 @@ class Engine(Protocol):
             batch_tokens: Tokens of the variants that are in memory at a time, padding included.
         """
 
+    def frozen(
+        self, base: Run, targets: Values, senders: Sequence[Variant], read: Sequence[Site], batch_tokens: int
+    ) -> Iterator[Received]:
+        """Yields what senders change where no other head reacts: feed-forward blocks and norms do.
 
-def variants_of(heads: Sequence[Unit]) -> list[Variant]:
-    """Returns the variants that replace a head each."""
-    return [Variant(unit.site, unit.index) for unit in heads]
+        Args:
+            base: A run by `traced`, with all heads and attention outputs.
+            targets: What the senders put there.
+            senders: Heads, sorted by layer.
+            read: Queries, keys or values that are read, sorted by layer.
+            batch_tokens: Tokens in memory at a time, padding included.
+        """
 
 
 def patched(
-    engine: Engine, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int, plain: torch.Tensor
+    engine: Engine,
+    model: ModelMap,
+    base: Run,
+    targets: Values,
+    variants: Sequence[Variant],
+    batch_tokens: int,
+    plain: torch.Tensor,
 ) -> torch.Tensor:
     """As `Engine.vectors`; variants that change nothing take the vectors [pairs, d] of the base run, and no run."""
-    differs = {site: (targets[site] != base.values[site]).any(-1) for site in {variant.site for variant in variants}}
-    active = [
-        i
-        for i, variant in enumerate(variants)
-        if bool((differs[variant.site] if variant.where is None else differs[variant.site] & variant.where).any())
-    ]
+    active = changing(model, base, targets, variants)
     vectors = plain.expand(len(variants), *plain.shape)
     if active:
         vectors = vectors.clone()

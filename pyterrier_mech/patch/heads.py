@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
-
-from pyterrier_mech.frames import Fields, two_versions, with_columns
-from pyterrier_mech.inputs.batching import collected
-from pyterrier_mech.inputs.inputs import Inputs
-from pyterrier_mech.patch.engine import Engine, engine_for, variants_of
-from pyterrier_mech.patch.pairs import no_pairs, pair_columns, started
-from pyterrier_mech.patch.patching import Patching
-from pyterrier_mech.rankers.ranker import as_numpy
-from pyterrier_mech.stage import units
-from pyterrier_mech.units import HEADS, Unit
+from pyterrier_mech.patch.sweep import BY, Part, Sweep
+from pyterrier_mech.stage import choice, units
+from pyterrier_mech.units import HEADS, INSIDE
 
 
 @dataclass(eq=False, repr=False)
-class PatchHeads(Patching):
+class PatchHeads(Sweep):
     """How much each attention head carries the reaction of a ranker to an edit: exact activation patching.
 
     The ranker reads the original pair with the output of one head, at every position, replaced by what the head gives
-    for the perturbed pair. The head's effect is how far that moves the score.
+    for the perturbed pair. The head's effect is how far that moves the score. `site` replaces what is inside the head
+    instead, and `by` patches a part of the positions at a time.
 
     **Input columns**: qid, query, docno, text and the other version that `Perturb` wrote: text_0, query_0, or both.
 
     **Output columns**: the same and `score_original`, `score_perturbed` (raw logits of the aligned inputs),
     `patchable` ('yes', or why the pair cannot be patched: then its effects are NaN), one float column a head,
     `L{layer}H{head}`: patched score − score_original, in raw logits; and `analysis`, which says how they were made. The
-    ranking is kept.
+    ranking is kept. With other settings the names go on: `L2H9.k` are the keys of a head, `L2H9.inserted` its output at
+    the inserted tokens, `L2H9.k.inserted` both. With `by='token_type'` and `by='position'` columns are as `PatchLayers`
+    has them: NaN where a row has no such token; arrays [positions], beside `position_tokens` and `position_types`.
 
     Both inputs have the same length, position by position: see `Aligner`. So `score_original` is the score of the
     original with filler tokens where the perturbed text has more.
@@ -42,6 +34,10 @@ class PatchHeads(Patching):
         model: A ranker.
         heads: The heads to patch, as `Units.of` accepts them: names ('L3H7'), (layer, head), `Units`, a circuit; by
             default all.
+        site: 'z', the output of the head; 'q', 'k' or 'v', its queries, keys or values, as the linear maps give them
+            (before rotary positions); 'pattern', its attention weights, where a position is the one that looks.
+        by: None, all positions together; 'token_type', all of a kind of token together, as in `PatchLayers`;
+            'position', one at a time. These take a run for every kind or position: choose some `heads`.
         direction: 'perturbed_to_original' (as above), or 'original_to_perturbed': the perturbed pair is read with a
             head of the original, and a column holds patched score − score_perturbed.
         effect: 'difference', or 'normalized': divided by the whole score change in the patching direction; NaN where
@@ -56,57 +52,18 @@ class PatchHeads(Patching):
 
     Raises:
         TypeError: If the model is not a ranker.
-        ValueError: If a setting is not known or a head does not exist, before any work; if a score is not finite.
+        ValueError: If a setting is not known or a head does not exist, before any work; if a score is not finite; if
+            the family's queries, keys and values are not described; or if 'pattern' is wanted of a module with hooks or
+            adapters.
 
     Source: Chen, Merullo, Eickhoff, SIGIR 2024, arXiv 2405.02503; Vig et al., NeurIPS 2020.
     """
 
     _: KW_ONLY
     heads: Any = units([HEADS], default=None)
+    site: str = choice(['z', *INSIDE])
+    by: str | None = choice(BY, default=None)
 
-    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Patches every pair of a frame."""
-        self.check()
-        versions = two_versions(inp, self, self.text)
-        heads = self.chosen('heads')
-        names = [unit.name for unit in heads]
-        columns = self._patch(versions, heads, names) if len(inp) else no_pairs(names)
-        return with_columns(inp, columns, self._analysis(names))
-
-    def _patch(self, versions: tuple[Fields, Fields], heads: list[Unit], names: Sequence[str]) -> dict[str, Any]:
-        inputs = Inputs.pairs(self.model, *versions, self.filler)
-        table = started(self.model, inputs, versions, len(heads))
-        if len(inputs.good):
-            table[:, inputs.good] = self.model.finite(self._scores(inputs, heads))
-        table[2:] = self._effects(table)
-        return pair_columns(table, inputs.problems, names)
-
-    def _scores(self, inputs: Inputs, heads: list[Unit]) -> np.ndarray:
-        """Returns the scores [original, perturbed, heads…] x good rows."""
-        model, budget = self.model, self.budget
-        tokens = inputs.lengths[inputs.good]
-        with model.computing():
-            engine = engine_for(model)
-
-            def step(batch: np.ndarray) -> np.ndarray:
-                rows = inputs.good[batch]
-                towers = range(len(inputs.towers))
-                return as_numpy(
-                    model.read([self._vectors(engine, inputs, tower, rows, heads, budget.tokens) for tower in towers])
-                )
-
-            return collected(
-                tokens * (2 + len(heads)), budget, step, smallest=2 * tokens, verbose=self.shows, desc='PatchHeads'
-            )
-
-    def _vectors(
-        self, engine: Engine, inputs: Inputs, tower: int, rows: np.ndarray, heads: list[Unit], batch_tokens: int
-    ) -> torch.Tensor:
-        """Returns the vectors of one tower [original, perturbed, heads…] x pairs x d."""
-        both, (base, source) = self._both(inputs, tower, rows, [HEADS])
-        if not heads:
-            return both
-        if all(inputs.towers[tower].unchanged(row) for row in rows):
-            same = self.model.readout.represent(base.hidden, base.batch.scored)
-            return torch.cat([both, same.expand(len(heads), -1, -1)])
-        return torch.cat([both, engine.vectors(base, source.values, variants_of(heads), batch_tokens)])
+    def _places(self) -> list[Part]:
+        kind = HEADS if self.site == 'z' else self.site
+        return [Part(site._replace(kind=kind), number) for site, number in self.chosen('heads')]

@@ -12,36 +12,25 @@ a head's width, scaled row by row: with y the sum before the norm, W LN(y) = (WÎ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
 from pyterrier_mech.anatomy.layers import Context, Layer
 from pyterrier_mech.anatomy.model import ModelMap, Run, Values
 from pyterrier_mech.anatomy.readouts import Readout, picked
+from pyterrier_mech.patch.variants import PATTERN, PROJECTIONS, Received, Variant, changes, chunks, into_stream
 from pyterrier_mech.units import HEADS, Site
 
 # On a CPU the work of a layer is cut into blocks whose intermediate values stay in the cache.
 _BLOCK_TOKENS = 1024
 
+_BLOCKS = ('attn_out', 'mlp_out', 'resid_post')
+_NEEDED = {'attn_out': _BLOCKS, 'mlp_out': _BLOCKS, **dict.fromkeys((*PROJECTIONS, PATTERN), (HEADS, *PROJECTIONS))}
+
 At = torch.Tensor | int | None
-
-
-class Variant(NamedTuple):
-    """A run with one thing patched.
-
-    Attributes:
-        site: Where.
-        unit: Which head of the site; None is the whole of it.
-        where: Which positions, True where patched [pairs, tokens]; None is all.
-    """
-
-    site: Site
-    unit: int | None = None
-    where: torch.Tensor | None = None
 
 
 class Wavefront:
@@ -53,43 +42,84 @@ class Wavefront:
         self.readout = readout
         self._folded: dict[int, _Folded] = {}
 
+    def recorded(self, kinds: Sequence[str]) -> list[str]:
+        """See `Engine`."""
+        return [needed for kind in kinds for needed in _NEEDED.get(kind, (kind,))]
+
     def vectors(self, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int) -> torch.Tensor:
         """See `Engine`."""
-        n_pairs, n_tokens = base.batch.shape
-        size = max(1, batch_tokens // (n_pairs * n_tokens))
-        chunks = [variants[start : start + size] for start in range(0, len(variants), size)]
-        return torch.cat([self._chunk(base, targets, chunk) for chunk in chunks])
+        return torch.cat([self._chunk(base, targets, chunk) for chunk in chunks(base, variants, batch_tokens)])
+
+    def frozen(
+        self, base: Run, targets: Values, senders: Sequence[Variant], read: Sequence[Site], batch_tokens: int
+    ) -> Iterator[Received]:
+        """See `Engine`: no attention is computed, for what every head gives is known."""
+        for chunk in chunks(base, senders, batch_tokens):
+            yield from self._frozen_chunk(base, targets, chunk, read)
 
     def _chunk(self, base: Run, targets: Values, variants: Sequence[Variant]) -> torch.Tensor:
-        n_pairs, n_tokens = base.batch.shape
-        layers = self.map.layers
+        states, started = self._room(base, variants), 0
+        for index in range(variants[0].site.layer, len(self.map.layers)):
+            layer, at = self.map.layers[index], self._at(base, index)
+            for rows in self._blocks(base, started):
+                _set(states, rows, at, _go_on(layer, states[rows], base.contexts[index], at))
+            started = self._all_start(base, targets, variants, states, started, index)
+        return self._represented(base, states)
+
+    def _frozen_chunk(
+        self, base: Run, targets: Values, senders: Sequence[Variant], read: Sequence[Site]
+    ) -> Iterator[Received]:
+        states, started = self._room(base, senders), 0
+        for index in range(senders[0].site.layer, len(self.map.layers)):
+            layer, at = self.map.layers[index], self._at(base, index)
+            for site in [site for site in read if site.layer == index and started]:
+                yield senders[:started], site, layer.projected(states[:started], PROJECTIONS.index(site.kind))
+            attention = base.values[Site('attn_out', index)]
+            attention = attention if at is None else picked(attention, at)
+            for rows in self._blocks(base, started):
+                x = states[rows] if at is None else torch.stack([picked(one, at) for one in states[rows]])
+                _set(states, rows, at, layer.after_attention(x, attention.repeat(len(x), 1, 1, 1)))
+            started = self._all_start(base, targets, senders, states, started, index)
+        yield senders, None, self._represented(base, states)
+
+    def _room(self, base: Run, variants: Sequence[Variant]) -> torch.Tensor:
         like = base.values[Site('resid_pre', 0)]
-        states = like.new_empty(len(variants), n_pairs, n_tokens, like.shape[-1])
-        size = max(1, _BLOCK_TOKENS // (n_pairs * n_tokens)) if states.device.type == 'cpu' else len(variants)
-        started, at = 0, None
-        for index in range(variants[0].site.layer, len(layers)):
-            at = self.readout.at(base.batch.scored) if index == len(layers) - 1 else None
-            read = slice(None) if at is None else slice(0, 1)
-            for k in range(0, started, size):
-                rows = slice(k, min(k + size, started))
-                states[rows, :, read] = _go_on(layers[index], states[rows], base.contexts[index], at)
-            starting = [variant for variant in variants if variant.site.layer == index]
-            for _, alike in groupby(starting, lambda variant: variant.site.kind):
-                same = list(alike)
-                for k in range(0, len(same), size):
-                    block = same[k : k + size]
-                    rows = slice(started, started + len(block))
-                    states[rows, :, read] = self._start(base, targets, layers[index], block, at)
-                    started = rows.stop
-        if at is not None:
+        return like.new_empty(len(variants), *like.shape)
+
+    def _at(self, base: Run, index: int) -> At:
+        return self.readout.at(base.batch.scored) if index == len(self.map.layers) - 1 else None
+
+    def _blocks(self, base: Run, stop: int, start: int = 0) -> Iterator[slice]:
+        """Yields the variants in parts whose work stays in the cache."""
+        n_pairs, n_tokens = base.batch.shape
+        on_cpu = base.batch.scored.device.type == 'cpu'
+        size = max(1, _BLOCK_TOKENS // (n_pairs * n_tokens) if on_cpu else stop - start)
+        for first in range(start, stop, size):
+            yield slice(first, min(first + size, stop))
+
+    def _all_start(
+        self, base: Run, targets: Values, variants: Sequence[Variant], states: torch.Tensor, started: int, index: int
+    ) -> int:
+        """Starts the variants of a layer; returns how many have started."""
+        starting = [variant for variant in variants if variant.site.layer == index]
+        for _, alike in groupby(starting, lambda variant: variant.site.kind):
+            last = started + len(list(alike))
+            for rows in self._blocks(base, last, started):
+                at = self._at(base, index)
+                _set(states, rows, at, self._start(base, targets, self.map.layers[index], variants[rows], at))
+            started = last
+        return started
+
+    def _represented(self, base: Run, states: torch.Tensor) -> torch.Tensor:
+        if self.readout.at(base.batch.scored) is not None:
             return self.map.final_norm(states[:, :, :1])[:, :, 0]
         return self.readout.represent(self.map.final_norm(states), base.batch.scored)
 
     def _start(self, base: Run, targets: Values, layer: Layer, block: Sequence[Variant], at: At) -> torch.Tensor:
         """Returns the layer's output with each variant of one site patched, [variants, pairs, tokens, d]."""
         site = block[0].site
-        if site.kind == HEADS:
-            return self._start_heads(base, targets, layer, block, at)
+        if block[0].unit is not None:
+            return self._start_heads(base, changes(base, targets, layer, block), layer, block, at)
         where = torch.stack([_everywhere(base) if variant.where is None else variant.where for variant in block])
 
         def of(kind: str) -> torch.Tensor:
@@ -108,24 +138,21 @@ class Wavefront:
         mask = where if at is None else torch.stack([picked(one, at) for one in where])
         return torch.where(mask.unsqueeze(-1), out, of('resid_post'))
 
-    def _start_heads(self, base: Run, targets: Values, layer: Layer, block: Sequence[Variant], at: At) -> torch.Tensor:
-        site = block[0].site
-        x, z = base.values[Site('resid_pre', site.layer)], base.values[site]
-        change = targets[site].expand_as(z) - z
+    def _start_heads(
+        self, base: Run, per_head: torch.Tensor, layer: Layer, block: Sequence[Variant], at: At
+    ) -> torch.Tensor:
+        """Returns the layer's output where the outputs of heads change by [variants, pairs, tokens, d_h]."""
+        index = block[0].site.layer
+        x, z = base.values[Site('resid_pre', index)], base.values[Site(HEADS, index)]
         if at is not None:
-            x, z, change = picked(x, at), picked(z, at), picked(change, at)
+            x, z, per_head = picked(x, at), picked(z, at), torch.stack([picked(one, at) for one in per_head])
         heads = [variant.unit or 0 for variant in block]
-        per_head = torch.stack([change[..., layer.columns(head)] for head in heads])
-        for one, variant in zip(per_head, block, strict=True):
-            if variant.where is not None:
-                one *= (variant.where if at is None else picked(variant.where, at)).unsqueeze(-1)
-        weight = torch.stack([layer.attention_out.weight[:, layer.columns(head)].T for head in heads])
-        moved = torch.bmm(per_head.flatten(1, 2), weight).view(len(heads), *x.shape)
+        moved = into_stream(layer, per_head, heads)
         if at is not None or layer.family.norm_first or layer.family.gated:
             return layer.after_attention(x, moved.add_(layer.attention_out(z)))
-        if site.layer not in self._folded:
-            self._folded[site.layer] = _fold(layer)
-        return _finish_low_rank(layer, self._folded[site.layer], x + layer.attention_out(z), moved, per_head, heads)
+        if index not in self._folded:
+            self._folded[index] = _fold(layer)
+        return _finish_low_rank(layer, self._folded[index], x + layer.attention_out(z), moved, per_head, heads)
 
 
 @dataclass
@@ -179,6 +206,10 @@ def _finish_low_rank(
     torch.addcmul(folded.constant, hidden, scale.flatten(1, 2), out=hidden)
     out = layer.mlp_out(layer.activate(hidden)).view_as(a)
     return layer.part('norm_mlp')(out.add_(a))
+
+
+def _set(states: torch.Tensor, rows: slice, at: At, values: torch.Tensor) -> None:
+    states[rows, :, slice(None) if at is None else slice(0, 1)] = values
 
 
 def _everywhere(base: Run) -> torch.Tensor:

@@ -138,11 +138,11 @@ class Ranker(Stage):
         return list(self.counts(HEADS).values())
 
     def counts(self, kind: str) -> dict[Site, int]:
-        """Returns how many 'heads' or 'neurons' every layer has.
+        """Returns how many heads (also where the kind is inside heads) or 'neurons' every layer has.
 
         Heads are read off the configuration while no weights are loaded.
         """
-        if kind == HEADS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
+        if kind != NEURONS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
             config, kept = loading.load_config(self._name), loading.kept_counts(self._name)
             counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
             return {Site(kind, layer): count for layer, count in enumerate(counts)}
