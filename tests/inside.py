@@ -25,10 +25,19 @@ from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes  # noqa:
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
 from pyterrier_mech.evaluation.efficiency import count_flops, encoder_parameters, parameters, weight_mb  # noqa: F401
 from pyterrier_mech.frames import two_versions, with_columns  # noqa: F401
-from pyterrier_mech.inputs.alignment import FILLER, TRUNCATED, UNALIGNED, UNCHANGED, Aligner  # noqa: F401
+from pyterrier_mech.inputs.alignment import (  # noqa: F401
+    FILLER,
+    LITERATURE,
+    SCHEMES,
+    TRUNCATED,
+    UNALIGNED,
+    UNCHANGED,
+    Aligner,
+)
 from pyterrier_mech.inputs.batching import Budget, in_batches  # noqa: F401
 from pyterrier_mech.inputs.inputs import AlignedTower, Inputs, _problem
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
+from pyterrier_mech.inputs.words import words_of  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
 from pyterrier_mech.patch.variants import variants_of

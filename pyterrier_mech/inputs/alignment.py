@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_mech.inputs.tokens import InputMaker
+from pyterrier_mech.inputs.words import Placed
 
 MASK_FILLER = 'mask'
 UNCHANGED = 'nothing changed'
@@ -25,6 +26,26 @@ HIDDEN = 'the first token, which is read, is hidden'
 
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
 """Types of positions."""
+
+LITERATURE = (
+    'cls',
+    'query_same',
+    'query_other',
+    'sep_first',
+    'sep_last',
+    'doc_same',
+    'doc_query',
+    'doc_other',
+    'inserted',
+)
+"""Finer types, by whole words: `*_same` is a word that the edit has put in, where it stands elsewhere in the query or
+in the document; `doc_query` a document word that is another query word. All separators but the last are `sep_first`.
+
+Source: Chen, Merullo, Eickhoff, SIGIR 2024, arXiv 2405.02503; Lu, Chen, Eickhoff, EMNLP 2025, arXiv 2502.04645.
+"""
+
+SCHEMES = {'basic': TYPES, 'literature': LITERATURE}
+"""Ways to divide positions into types."""
 
 _Cell = tuple[str, int | None, int | None]
 _SAME, _REPLACED, _INSERTED, _DELETED = 'same', 'replaced', 'inserted', 'deleted'
@@ -64,6 +85,25 @@ class Alignment:
         """The types of the positions, those of inserted ones as 'inserted'."""
         both = zip(self.changes, self.plain_types, strict=True)
         return tuple(_INSERTED if change == _INSERTED else kind for change, kind in both)
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """For every position its field, '' for special tokens, and the places of its tokens in both versions."""
+        seen = {'query': [0, 0], 'text': [0, 0]}
+        places: list[Placed] = []
+        for change, kind in zip(self.changes, self.plain_types, strict=True):
+            if kind in ('cls', 'sep'):
+                places.append(('', None, None))
+                continue
+            field = 'query' if kind == 'query' else 'text'
+            both: list[int | None] = [None, None]
+            for side, gap in enumerate((_INSERTED, _DELETED)):
+                # An input aligned with itself has nothing of the other version.
+                if change != gap and not (side and self.problem == UNALIGNED):
+                    both[side] = seen[field][side]
+                    seen[field][side] += 1
+            places.append((field, both[0], both[1]))
+        return tuple(places)
 
     def positions(self, change: str) -> np.ndarray:
         """Returns the positions with a given change."""

@@ -11,14 +11,17 @@ import torch
 from pyterrier_mech.anatomy.model import Batch, first_position
 from pyterrier_mech.anatomy.readouts import FirstToken
 from pyterrier_mech.frames import Fields
-from pyterrier_mech.inputs.alignment import HIDDEN, MASK_FILLER, TYPES, UNALIGNED, UNCHANGED, Aligner, Alignment
+from pyterrier_mech.inputs.alignment import HIDDEN, MASK_FILLER, SCHEMES, UNALIGNED, UNCHANGED, Aligner, Alignment
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
+from pyterrier_mech.inputs.words import Placed, RowWords
 
 ORIGINAL, PERTURBED = 'original', 'perturbed'
 
 
 class PlainTower:
     """Sequences of one version."""
+
+    words: RowWords | None = None
 
     def __init__(self, maker: InputMaker, parts: Sequence[Ragged], fields: Sequence[str], query: Ragged | None):
         """Cuts the parts.
@@ -41,10 +44,12 @@ class PlainTower:
         """Returns the token ids of a row [tokens]."""
         return self.arrays(np.asarray([row]), ORIGINAL)[0][0]
 
-    def types(self, row: int, inserted: bool = True) -> list[str]:
-        """Returns the type of every position of a row."""
+    def types(self, row: int, inserted: bool = True, scheme: str = 'basic') -> Sequence[str]:
+        """Returns the type of every position of a row, one of a scheme of `SCHEMES`."""
         if self.query is None:
             raise ValueError('these inputs were made without types')
+        if scheme != 'basic':
+            return _fine_types(self, row, inserted, scheme)
         query = set(self.query.row(row).tolist())
         template = self.maker.template(len(self.parts))
         parts = [
@@ -54,6 +59,19 @@ class PlainTower:
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
         return template.framed(parts, template.special_types())
+
+    def placed(self, row: int) -> list[Placed]:
+        """Returns field and token of every position of a row, twice the same."""
+        template = self.maker.template(len(self.parts))
+        parts: list[list[Placed]] = [
+            [(field, token, token) for token in range(int(part.lengths[row]))]
+            for field, part in zip(self.fields, self.parts, strict=True)
+        ]
+        return template.framed(parts, [[('', None, None)] * len(tokens) for tokens in template.specials])
+
+    def changed(self, row: int) -> list[bool]:
+        """There is one version."""
+        return [False] * int(self.lengths[row])
 
     def unchanged(self, row: int) -> bool:
         """There is one version."""
@@ -66,6 +84,8 @@ class PlainTower:
 
 class AlignedTower:
     """Sequences of two versions, equally long."""
+
+    words: RowWords | None = None
 
     def __init__(self, alignments: Sequence[Alignment], fields: Sequence[str], pad: int):
         """Keeps the alignment of every row."""
@@ -80,9 +100,19 @@ class AlignedTower:
         """Returns the token ids of the original of a row [tokens]."""
         return self.alignments[row].original
 
-    def types(self, row: int, inserted: bool = True) -> Sequence[str]:
+    def types(self, row: int, inserted: bool = True, scheme: str = 'basic') -> Sequence[str]:
         """Returns the type of every position of a row, what was inserted as 'inserted' or as what it is."""
+        if scheme != 'basic':
+            return _fine_types(self, row, inserted, scheme)
         return self.alignments[row].types if inserted else self.alignments[row].plain_types
+
+    def placed(self, row: int) -> Sequence[Placed]:
+        """Returns field and token, in both versions, of every position of a row."""
+        return self.alignments[row].placed
+
+    def changed(self, row: int) -> list[bool]:
+        """Returns for every position of a row whether the perturbed version has a token of its own there."""
+        return [change in ('inserted', 'replaced') for change in self.alignments[row].changes]
 
     def unchanged(self, row: int) -> bool:
         """Whether both versions of a row are one."""
@@ -111,9 +141,13 @@ class Inputs:
         rest: Rows with one.
     """
 
-    def __init__(self, model: Any, towers: Sequence[Tower], problems: Sequence[str]):
-        """Holds what `plain` and `pairs` make."""
+    def __init__(self, model: Any, towers: Sequence[Tower], problems: Sequence[str], versions: Sequence[Fields] = ()):
+        """Holds what `plain` and `pairs` make; the texts only where types may be asked for."""
         self.model, self.towers, self.problems = model, towers, problems
+        if versions:
+            words = RowWords(model, towers, versions, problems)
+            for tower in towers:
+                tower.words = words
         self.good = np.asarray([row for row, problem in enumerate(problems) if not problem], dtype=np.int64)
         self.rest = np.asarray([row for row, problem in enumerate(problems) if problem], dtype=np.int64)
 
@@ -135,7 +169,7 @@ class Inputs:
         ids = {field: model.tokenize(field, values[field]) for field in values}
         query = ids['query'] if types else None
         towers = [PlainTower(model.maker, [ids[field] for field in tower], tower, query) for tower in model.towers]
-        return cls(model, towers, [''] * len(values['query']))
+        return cls(model, towers, [''] * len(values['query']), [values] if types else [])
 
     @classmethod
     def of_field(cls, model: Any, field: str, texts: Sequence[str]) -> Inputs:
@@ -160,7 +194,7 @@ class Inputs:
                     problems[row] = HIDDEN
         pad = model.maker.pad_id
         towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]
-        return cls(model, towers, problems)
+        return cls(model, towers, problems, [original, perturbed])
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -192,10 +226,30 @@ class Inputs:
         shown = inputs['attention_mask']
         return Batch(inputs, shown * (shown.cumsum(1) > model.unscored(self.towers[tower].fields)))
 
-    def types(self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True) -> np.ndarray:
-        """Returns the position types of one tower of some rows as places in `TYPES`, -1 for padding, [rows, tokens]."""
-        names = [self.towers[tower].types(row, inserted) for row in rows]
-        return _padded([[TYPES.index(name) for name in row] for row in names], -1)
+    def types(
+        self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True, scheme: str = 'basic'
+    ) -> np.ndarray:
+        """Returns the position types of one tower of some rows as places in a scheme, -1 for padding, [rows, tokens].
+
+        Args:
+            tower: Which tower.
+            rows: Which rows.
+            inserted: Whether what was inserted has a type of its own, or is what it is.
+            scheme: One of `SCHEMES`.
+
+        Raises:
+            ValueError: If there is no such scheme, or the inputs were made without types.
+        """
+        places = {name: place for place, name in enumerate(SCHEMES.get(scheme, ()))}
+        names = [self.towers[tower].types(row, inserted, scheme) for row in rows]
+        return _padded([[places[name] for name in row] for row in names], -1)
+
+
+def _fine_types(tower: Tower, row: int, inserted: bool, scheme: str) -> Sequence[str]:
+    if scheme != 'literature':
+        raise ValueError(f'scheme must be one of {tuple(SCHEMES)}; got {scheme!r}')
+    assert tower.words is not None  # given with the texts, like what basic types need
+    return tower.words.types(tower, row, inserted)
 
 
 def checked_rows(queries: Any, texts: Any) -> Fields:

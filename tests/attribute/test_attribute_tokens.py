@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from toys import FAMILIES, QUERIES, TEXTS, frame_of, real_cross_encoder, toy_bi_encoder, toy_cross_encoder
-from transformers import PreTrainedTokenizerFast
+from unigram import unigram_tokenizer
 
 from pyterrier_mech import AttributeTokens, BiEncoder, CrossEncoder
 
@@ -124,19 +124,7 @@ def test_byte_level_pieces_are_merged():
 
 
 def test_sentencepiece_pieces_are_merged():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=['<s>', '<pad>', '</s>', '<unk>'], unk_token='<unk>', show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS + QUERIES, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(('</s>', 2), ('<s>', 0), add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token='<s>', cls_token='<s>', eos_token='</s>', sep_token='</s>',
-        pad_token='<pad>', unk_token='<unk>', model_input_names=['input_ids', 'attention_mask'], model_max_length=80,
-    )  # fmt: skip
+    fast = unigram_tokenizer()
     module = toy_cross_encoder('roberta').model
     model = CrossEncoder(module, tokenizer=fast)
     row = AttributeTokens(model, tolerance=1e9)(frame_of(1)).iloc[0]
