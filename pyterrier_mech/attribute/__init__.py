@@ -6,7 +6,9 @@ walks it, adding points until the sum of the attributions is the change of the s
 """
 
 from pyterrier_mech.attribute.heads import AttributeHeads, agreement
+from pyterrier_mech.attribute.layers import AttributeLayers
 from pyterrier_mech.attribute.neurons import AttributeNeurons
+from pyterrier_mech.attribute.paths import AttributePaths
 from pyterrier_mech.attribute.tokens import AttributeTokens
 
-__all__ = ['AttributeHeads', 'AttributeNeurons', 'AttributeTokens', 'agreement']
+__all__ = ['AttributeHeads', 'AttributeLayers', 'AttributeNeurons', 'AttributePaths', 'AttributeTokens', 'agreement']

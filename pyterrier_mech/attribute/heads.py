@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from pyterrier_mech.anatomy.model import EMBEDDINGS
+from pyterrier_mech.anatomy.model import Values
+from pyterrier_mech.attribute.gradients import with_gradients, without_gradients
 from pyterrier_mech.attribute.lines import Baseline, Line, check_baseline, lines
 from pyterrier_mech.attribute.path import Rule, integrate, not_finite
 from pyterrier_mech.attribute.points import GRAPH
@@ -102,11 +103,7 @@ class AttributeHeads(Keeping, ModelStage):
         super().check()
         if self.points < 2:
             raise ValueError(f'points must be 2 or more, for a grid has two ends; got {self.points}')
-        if self.verify < 0 or (self.verify and self.method in SINGLE):
-            raise ValueError(
-                f'verify must be 0 or more, and 0 for the methods {SINGLE}, which do not estimate what patching '
-                f'measures; got verify={self.verify} with method={self.method!r}'
-            )
+        check_verify(self.verify, self.method not in SINGLE, f'method={self.method!r}')
         check_baseline(self.baseline)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
@@ -162,8 +159,7 @@ class AttributeHeads(Keeping, ModelStage):
         if not self.verify:
             return res
         heads = self.chosen('heads')
-        strength = np.nansum(np.abs(res[[unit.name for unit in heads]].to_numpy(dtype=np.float64)), axis=0)
-        chosen = sorted(heads[i] for i in np.argsort(-strength, kind='stable')[: self.verify])
+        chosen = sorted(heads[i] for i in strongest(res, [unit.name for unit in heads], self.verify))
         shared = {
             name: getattr(self, name) for name in ('direction', 'filler', 'batch_tokens', 'text_field', 'verbose')
         }
@@ -227,29 +223,24 @@ class AttributeHeads(Keeping, ModelStage):
     ) -> tuple[torch.Tensor, Tensors, Tensors]:
         """Returns the scores [pairs], and z and ∂s/∂z of every tower and layer [pairs, tokens, heads·d_h]."""
         model = self.model
+        if not relp:
+            scores, z, gradients = with_gradients(model, inputs, rows, side, model.map.sites(HEADS))
+            return scores, _listed(z), _listed(gradients)
         vectors, outputs = [], []
         for tower in range(len(inputs.towers)):
-            batch = inputs.batch(tower, rows, side)
-            if relp:
-                with model.computing():
-                    run = traced(model.map, inputs, tower, rows, side)
-                hidden, z = linearised(model.map, run)
-            else:
-                begin = {EMBEDDINGS: lambda words: words.detach().requires_grad_()}
-                run = model.map.run(batch, edits=begin, record=model.map.sites(HEADS))
-                hidden, z = run.hidden, list(run.values.values())
-            vectors.append(model.readout.represent(hidden, batch.scored))
-            outputs.extend(z)
+            with model.computing():
+                run = traced(model.map, inputs, tower, rows, side)
+            hidden, z_of_tower = linearised(model.map, run)
+            vectors.append(model.readout.represent(hidden, run.batch.scored))
+            outputs.extend(z_of_tower)
         scores = model.read(vectors)
-        gradients = torch.autograd.grad(scores.sum(), outputs)
-        return scores.detach(), [z.detach() for z in outputs], list(gradients)
+        found = torch.autograd.grad(scores.sum(), outputs)
+        return scores.detach(), [value.detach() for value in outputs], list(found)
 
     def _without_gradients(self, inputs: Inputs, rows: np.ndarray, side: str) -> tuple[torch.Tensor, Tensors]:
         """Returns the scores [pairs] and z of every tower and layer."""
-        model, sites = self.model, self.model.map.sites(HEADS)
-        runs = [model.map.run(inputs.batch(i, rows, side), record=sites) for i in range(len(inputs.towers))]
-        vectors = [model.readout.represent(run.hidden, run.batch.scored) for run in runs]
-        return model.read(vectors), [run.values[site] for run in runs for site in sites]
+        scores, z = without_gradients(self.model, inputs, rows, side, self.model.map.sites(HEADS))
+        return scores, _listed(z)
 
     def _by_head(self, products: Tensors, heads: list[Unit]) -> Tensors:
         """Sums [pairs, tokens, heads·d_h] of every tower and layer to one [pairs] a head."""
@@ -264,6 +255,29 @@ class AttributeHeads(Keeping, ModelStage):
             raise not_finite([row_names(inp)[row] for row in bad], self.model)
 
 
+def _listed(towers: Sequence[Values]) -> Tensors:
+    return [value for tower in towers for value in tower.values()]
+
+
+def check_verify(verify: int, possible: bool, setting: str) -> None:
+    """Checks the number of columns that are patched exactly as well.
+
+    Raises:
+        ValueError: If it is negative, or there are no such columns.
+    """
+    if verify < 0 or (verify and not possible):
+        raise ValueError(
+            f'verify must be 0 or more, and 0 where a column is not the estimate of one patched score; got '
+            f'verify={verify} with {setting}'
+        )
+
+
+def strongest(frame: pd.DataFrame, names: Sequence[str], k: int) -> list[int]:
+    """Returns which k columns have the largest sum of absolute values."""
+    strength = np.nansum(np.abs(frame[list(names)].to_numpy(dtype=np.float64)), axis=0)
+    return np.argsort(-strength, kind='stable')[:k].tolist()
+
+
 def agreement(frame: pd.DataFrame) -> dict[str, float]:
     """Compares the estimates of a frame with the exact effects that `verify` added, over all its rows and such heads.
 
@@ -276,7 +290,9 @@ def agreement(frame: pd.DataFrame) -> dict[str, float]:
     """
     names = [name.removesuffix(EXACT) for name in frame.columns if isinstance(name, str) and name.endswith(EXACT)]
     if not names:
-        raise ValueError(f'no column ends in {EXACT!r}: give AttributeHeads(model, verify=10) or another number')
+        raise ValueError(
+            f'no column ends in {EXACT!r}: give AttributeHeads(model, verify=10), or another stage that estimates,'
+        )
     estimate = frame[names].to_numpy(dtype=np.float64).ravel()
     exact = frame[[name + EXACT for name in names]].to_numpy(dtype=np.float64).ravel()
     there = np.isfinite(estimate) & np.isfinite(exact)

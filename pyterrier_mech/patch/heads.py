@@ -38,6 +38,7 @@ class PatchHeads(Sweep):
             (before rotary positions); 'pattern', its attention weights, where a position is the one that looks.
         by: None, all positions together; 'token_type', all of a kind of token together, as in `PatchLayers`;
             'position', one at a time. These take a run for every kind or position: choose some `heads`.
+        types: 'basic' or 'literature'; see `PatchLayers`.
         direction: 'perturbed_to_original' (as above), or 'original_to_perturbed': the perturbed pair is read with a
             head of the original, and a column holds patched score − score_perturbed.
         effect: 'difference', or 'normalized': divided by the whole score change in the patching direction; NaN where

@@ -40,6 +40,10 @@ class PatchLayers(Sweep):
         model: A ranker.
         sites: Which blocks.
         by: How positions are put together, as above.
+        types: 'basic', the types above; or 'literature', finer ones by whole words: `cls`, `query_same` and `doc_same`
+            (the words that the edit has put in, where they stand in the query and elsewhere in the text),
+            `query_other`, `doc_query` (other query words in the text), `doc_other`, `inserted`, `sep_first` and
+            `sep_last`. A joint patch of a coarse type is another number than the sum of the finer ones.
         direction: 'perturbed_to_original' (as above), or 'original_to_perturbed': the perturbed pair is read with a
             block of the original, and effects are patched score − score_perturbed.
         effect: 'difference', or 'normalized': divided by the whole score change in the patching direction.

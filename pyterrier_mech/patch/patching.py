@@ -44,11 +44,13 @@ class Patching(Keeping, ModelStage):
 
     def _effects(self, scores: np.ndarray) -> np.ndarray:
         """Returns effects [..., rows] from scores [original, perturbed, patched…, rows]."""
-        base, whole = (scores[0], scores[1] - scores[0])
-        if self.direction != DIRECTIONS[0]:
-            base, whole = scores[1], -whole
-        effects = scores[2:] - base
-        return effects / np.where(whole == 0, np.nan, whole) if self.effect == 'normalized' else effects
+        return (scores[2:] - self._ordered(scores[:2])[0]) / self._unit(scores)
+
+    def _unit(self, scores: np.ndarray) -> np.ndarray:
+        """Returns what effects are divided by [rows], from scores [original, perturbed, …, rows]: 1, or the change."""
+        base, other = self._ordered(scores[:2])
+        change = other - base
+        return np.where(change == 0, np.nan, change) if self.effect == 'normalized' else np.ones_like(change)
 
     def _both(
         self, engine: Engine, inputs: Inputs, tower: int, rows: np.ndarray, sites: Sequence[Site]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyterrier_mech.anatomy.model import Run
 from pyterrier_mech.frames import Fields, two_versions, with_columns
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.engine import Engine, patched
@@ -115,7 +116,7 @@ class PatchPaths(Patching):
             named = [None, *inside]
         else:
             Units(unit for unit in named if unit is not None).check(self.model)
-        return sorted(named, key=lambda unit: () if unit is None else (unit.site.layer, unit.index, unit.site.kind))
+        return sorted(named, key=_place)
 
     def _paths(self) -> list[Path]:
         senders = self.chosen('senders')
@@ -165,16 +166,14 @@ class PatchPaths(Patching):
         """Returns the vectors [original, perturbed, paths…] x pairs x d of one tower."""
         senders = variants_of(self.chosen('senders'))
         receivers = [receiver for receiver in self._receivers() if receiver is not None]
-        read = sorted({unit.site for unit in receivers}, key=lambda site: (site.layer, site.kind))
-        sites = [Site(kind, 0) for kind in (HEADS, 'attn_out', *({site.kind for site in read}))]
-        both, (base, source) = self._both(engine, inputs, tower, rows, sites)
+        both, (base, source) = self._frozen_sides(engine, inputs, tower, rows)
         plain = self._ordered(both)[0]
         vectors = torch.cat([both, plain.expand(len(number), -1, -1)])
         active = [senders[i] for i in changing(self.model.map, base, source.values, senders)]
         if not active:
             return vectors
         tokens = self.budget.tokens
-        for some, site, values in engine.frozen(base, source.values, active, read, tokens):
+        for some, site, values in engine.frozen(base, source.values, active, self._read(), tokens):
             sent = [Unit(variant.site, variant.unit or 0) for variant in some]
             if site is None:
                 places = [number.get((unit, None)) for unit in sent]
@@ -187,12 +186,28 @@ class PatchPaths(Patching):
             vectors[places] = patched(engine, self.model.map, base, {}, variants, tokens, plain)
         return vectors
 
+    def _read(self) -> list[Site]:
+        """Returns the sites that receivers read, from the first layer."""
+        sites = {unit.site for unit in self._receivers() if unit is not None}
+        return sorted(sites, key=lambda site: (site.layer, site.kind))
+
+    def _frozen_sides(
+        self, engine: Engine, inputs: Inputs, tower: int, rows: np.ndarray
+    ) -> tuple[torch.Tensor, tuple[Run, Run]]:
+        kinds = [HEADS, 'attn_out', *{site.kind for site in self._read()}]
+        return self._both(engine, inputs, tower, rows, [Site(kind, 0) for kind in kinds])
+
     def _replacing(self, values: torch.Tensor, receivers: Sequence[Unit]) -> Iterator[Variant]:
         layers = self.model.map.layers
         for value in values:
             for receiver in receivers:
                 columns = layers[receiver.site.layer].columns(receiver.index)
                 yield Variant(receiver.site, receiver.index, value=value[..., columns])
+
+
+def _place(receiver: Unit | None) -> tuple[int, ...]:
+    """Where a receiver stands among the columns: the score first, then by input, so that notes stay short."""
+    return () if receiver is None else (PROJECTIONS.index(receiver.site.kind), receiver.site.layer, receiver.index)
 
 
 def receiver_name(receiver: Unit | None) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from pyterrier_mech.anatomy.model import Run
 from pyterrier_mech.frames import Fields, two_versions, with_columns
-from pyterrier_mech.inputs.alignment import TYPES
+from pyterrier_mech.inputs.alignment import SCHEMES
 from pyterrier_mech.inputs.inputs import PERTURBED, Inputs
 from pyterrier_mech.patch.engine import Engine, patched
 from pyterrier_mech.patch.pairs import no_pairs, pair_columns, started
@@ -46,6 +46,7 @@ class Sweep(Patching):
 
     _: KW_ONLY
     by: str | None = choice(BY)
+    types: str = choice(tuple(SCHEMES))
 
     def _places(self) -> list[Part]:
         """Returns what is patched, without types, in the order of the columns."""
@@ -66,10 +67,10 @@ class Sweep(Patching):
             columns = no_pairs(names)
         # Numbers that run on stand together, so that the note is short.
         listed = [part.name for part in sorted(parts, key=lambda part: part.type)]
-        return with_columns(inp, columns, self._analysis(listed, positions=str(self.by)))
+        return with_columns(inp, columns, self._analysis(listed, positions=str(self.by), types=self.types))
 
     def _parts(self) -> list[Part]:
-        types = TYPES if self.by == 'token_type' else ('',)
+        types = SCHEMES[self.types] if self.by == 'token_type' else ('',)
         return [place._replace(type=kind) for place in self._places() for kind in types]
 
     # -- types, or everything
@@ -81,8 +82,8 @@ class Sweep(Patching):
         def variants(tower: int, rows: np.ndarray) -> list[Variant]:
             if self.by is None:
                 return [Variant(site, unit) for site, unit, _ in parts]
-            types = torch.from_numpy(inputs.types(tower, rows)).to(self.model.map.device)
-            where = {kind: types == TYPES.index(kind) for kind in TYPES}
+            types = torch.from_numpy(inputs.types(tower, rows, scheme=self.types)).to(self.model.map.device)
+            where = {kind: types == place for place, kind in enumerate(SCHEMES[self.types])}
             return [Variant(site, unit, where[kind]) for site, unit, kind in parts]
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:
@@ -96,8 +97,7 @@ class Sweep(Patching):
             table[:, rows] = self.model.finite(scores)
         table[2:] = self._effects(table)
         if self.by == 'token_type':
-            there = [{kind for tower in inputs.towers for kind in tower.types(row)} for row in range(len(inputs))]
-            for row, kinds in enumerate(there):
+            for row, kinds in enumerate(self._types(inputs)):
                 table[2:, row][[part.type not in kinds for part in parts]] = np.nan
         return pair_columns(table, inputs.problems, [part.name for part in parts])
 
@@ -135,12 +135,16 @@ class Sweep(Patching):
         return pair_columns(table, inputs.problems, []) | columns | self._positions(inputs)
 
     def _positions(self, inputs: Inputs) -> dict[str, Any]:
-        tokens, types = [], []
+        tokens = []
         for row in range(len(inputs)):
             ids = np.concatenate([tower.arrays(np.asarray([row]), PERTURBED)[0][0] for tower in inputs.towers])
             tokens.append(self.model.maker.tokenizer.convert_ids_to_tokens(ids.tolist()))
-            types.append([kind for tower in inputs.towers for kind in tower.types(row)])
-        return {TOKENS: tokens, POSITION_TYPES: types}
+        return {TOKENS: tokens, POSITION_TYPES: self._types(inputs)}
+
+    def _types(self, inputs: Inputs) -> list[list[str]]:
+        """Returns the types of all positions of every row, over all towers."""
+        rows = range(len(inputs))
+        return [[kind for tower in inputs.towers for kind in tower.types(row, scheme=self.types)] for row in rows]
 
     # -- runs
 

@@ -111,8 +111,11 @@ def pattern_effect(model, towers, layer, head, positions_of=lambda tower: None):
     return score(model, after) - score(model, before)
 
 
-def path_effects(model, towers, sender, receivers, reverse=False):
-    """[patched score - score] of one sender (layer, head) to each receiver: None, or (kind, layer, head)."""
+def path_effects(model, towers, sender, receivers, reverse=False, part=1.0):
+    """[patched score - score] of one sender (layer, head) to each receiver: None, or (kind, layer, head).
+
+    With `part`, receivers read a part of the change alone.
+    """
     module, bases, sent = model.model, [], []
     for tower in towers:
         base, source = tower.runs(reverse)
@@ -124,7 +127,8 @@ def path_effects(model, towers, sender, receivers, reverse=False):
         mixed = own['z', layer].clone()
         mixed[:, columns(module, head)] = theirs['z', layer][:, columns(module, head)]
         frozen['z', layer] = put(slice(None), mixed)
-        sent.append((run(module, base, frozen, told), told))
+        output = run(module, base, frozen, told)
+        sent.append((output, {site: own[site] + part * (values - own[site]) for site, values in told.items()}))
     start = score(model, [output for _, output in bases])
     effects = []
     for receiver in receivers:

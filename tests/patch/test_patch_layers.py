@@ -98,6 +98,21 @@ def test_types_equal_hooks_in_every_family(family, reverse):
                     np.testing.assert_allclose(found, expected, atol=1e-10, rtol=0)
 
 
+def test_types_of_the_literature_are_patches_of_their_own():
+    model, frame = toy_cross_encoder('roberta'), pairs(8)
+    res = PatchLayers(model, sites=['mlp_out'], types='literature')(frame)
+    positions = PatchLayers(model, sites=['mlp_out'], types='literature', by='position')(frame)
+    seen = set()
+    for row, i in rows_of(frame, res):
+        names = positions.position_types[i]
+        for kind in ('cls', 'query_same', 'query_other', 'sep_first', 'sep_last', 'doc_same', 'doc_query', 'inserted'):
+            at = [p for p, name in enumerate(names) if name == kind]
+            expected = oracle(model, row, 'mlp_out', 0, lambda *_, at=at: at) if at else np.nan
+            np.testing.assert_allclose(res[f'mlp_out.L0.{kind}'].iloc[i], expected, atol=1e-10, rtol=0)
+            seen |= {kind} if at else set()
+    assert len(seen) == 8
+
+
 @pytest.mark.parametrize('family', ['bert', 'modernbert', 'mpnet'])
 def test_positions_equal_hooks(family):
     model, frame = toy_cross_encoder(family), pairs(5)

@@ -14,7 +14,7 @@ from toys import (
     unpatchable_pairs,
 )
 
-from pyterrier_mech import CrossEncoder, PatchHeads, PatchPaths
+from pyterrier_mech import AttributePaths, CrossEncoder, PatchHeads, PatchPaths
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 RECEIVERS = ['score', 'L1H2.q', 'L1H2.k', 'L1H2.v', 'L1H0.v']
@@ -91,6 +91,25 @@ def test_all_paths_are_the_same_numbers():
             else:
                 assert np.isnan(cells[:, i]).all()
     assert len([name for name in every if name.startswith('paths.')]) == 1 + 3 * 4
+
+
+@pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
+def test_estimates_are_first_order(make):
+    """Paths to the score are exact; the estimate of a receiver is the derivative along what it is told."""
+    model, frame = make('bert'), pairs(5)
+    exact, estimate = PatchPaths(model, RECEIVERS)(frame), AttributePaths(model, RECEIVERS)(frame)
+    names = [name for name in exact if '>' in name]
+    for name in names:
+        if name.endswith('score'):
+            np.testing.assert_allclose(estimate[name], exact[name], atol=1e-10)
+    heads = [name for name in names if not name.endswith('score')]
+    a, b = (res[heads].to_numpy(dtype=float).ravel() for res in (estimate, exact))
+    assert np.corrcoef(a[~np.isnan(a)], b[~np.isnan(b)])[0, 1] > 0.9
+    # By hooks: the same derivative, from a thousandth of the way to what the sender tells.
+    row = next(row for row, ok in zip(frame.itertuples(), exact.patchable) if ok == 'yes')
+    wanted = oracle.path_effects(model, sides(model, row), (0, 1), [unit('L1H2.k'), unit('L1H0.v')], part=1e-4)
+    found = estimate.loc[row.Index, ['L0H1>L1H2.k', 'L0H1>L1H0.v']].to_numpy(dtype=float)
+    np.testing.assert_allclose(found, np.array(wanted) / 1e-4, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.real
