@@ -104,7 +104,7 @@ STAGES = {
     'AttributeHeads by RelP': (attribute('relp'), edited, True),
     'AttributeHeads by gradient': (attribute('gradient'), plain, True),
     'AttributeHeads by integration': (attribute('integrated_gradients'), plain, True),
-    'AttributeLayers': (lambda model, **settings: AttributeLayers(cross(model), verify=3, **settings), edited, True),
+    'AttributeLayers': (lambda model, **settings: AttributeLayers(cross(model), **settings), edited, True),
     'AttributePaths': (lambda model, **settings: AttributePaths(bi(model), 'all', **settings), edited, True),
     'AttributeNeurons': (lambda model, **settings: AttributeNeurons(cross(model), **settings), plain, True),
     'AttributeTokens': (lambda model, **settings: AttributeTokens(bi(model), **settings), plain, True),
