@@ -76,8 +76,8 @@ def check_logits(step: Any, model: Ranker) -> None:
     """
     if getattr(step, 'logistic', False) and getattr(model, 'target', 'logit') == 'probability':
         raise ValueError(
-            f'{type(step).__name__} compares scores by a logistic loss, which takes logits, and the scores of this ranker '
-            "are probabilities: give it with target='logit'"
+            f'{type(step).__name__} compares scores by a logistic loss, which takes logits; those of this ranker are '
+            "probabilities: give it with target='logit'"
         )
 
 
