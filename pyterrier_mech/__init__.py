@@ -5,7 +5,14 @@ Every analysis takes a PyTerrier frame and returns one:
 """
 
 from pyterrier_mech import measures, plot, prune, stats
-from pyterrier_mech.attribute import AttributeHeads, AttributeLayers, AttributeNeurons, AttributePaths, AttributeTokens
+from pyterrier_mech.attribute import (
+    Activations,
+    AttributeHeads,
+    AttributeLayers,
+    AttributeNeurons,
+    AttributePaths,
+    AttributeTokens,
+)
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
@@ -31,6 +38,7 @@ __all__ = [
     'perturbation',
     # analyses
     'AblateHeads',
+    'Activations',
     'AttentionShares',
     'AttributeHeads',
     'AttributeLayers',

@@ -25,6 +25,7 @@ STACKS = ('enc', 'dec', 'cross')
 
 _KIND_OF = {letter: kind for kind, letter in LETTERS.items()}
 _NAME = re.compile(rf'(?:({"|".join(STACKS)})\.)?L(0|[1-9][0-9]*)([HN])(0|[1-9][0-9]*)(?:\.({"|".join(INSIDE)}))?')
+_SITE = re.compile(rf'([a-z][a-z_]*)\.(?:({"|".join(STACKS)})\.)?L(0|[1-9][0-9]*)')
 _FORMS = "Write 'L3H7' for a head, 'L3N120' for a neuron, (3, 7) for a head; layers and units are counted from 0."
 
 
@@ -99,6 +100,34 @@ def parse(name: Any, kind: str = HEADS) -> Unit:
         if layer >= 0 and number >= 0:
             return Unit(Site(kind, layer), number)
     raise ValueError(f'{name!r} does not name a head or a neuron. {_FORMS}')
+
+
+def sites_of(names: Any, there: Mapping[str, Sequence[Site]]) -> list[Site]:
+    """Returns the sites that names stand for, in their order, each once.
+
+    Args:
+        names: A name, a `Site`, or a list of such: 'resid_pre.L3' is one site, 'resid_pre' all of its kind.
+        there: The sites of a model, kind by kind.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If a name does not name a site, or the model does not have it.
+    """
+    if isinstance(names, (str, Site)):
+        names = [names]
+    if not isinstance(names, Iterable):
+        raise TypeError(f"sites must be a list of names, such as ['resid_pre', 'mlp_out.L3']; got {names!r}")
+    found: dict[Site, None] = {}
+    for name in names:
+        match = _SITE.fullmatch(name) if isinstance(name, str) else None
+        site = Site(match[1], int(match[3]), match[2] or '') if match else name
+        kind = site.kind if isinstance(site, Site) else site
+        if kind not in there:
+            raise ValueError(f"sites must name kinds, of {list(there)}, or single ones, as 'mlp_out.L3'; got {name!r}")
+        if isinstance(site, Site) and site not in there[kind]:
+            raise ValueError(f'{site.name}: there is no such site; there are {[one.name for one in there[kind]]}')
+        found |= dict.fromkeys([site] if isinstance(site, Site) else there[kind])
+    return list(found)
 
 
 def unit_columns(frame: pd.DataFrame, kind: str = HEADS) -> list[Unit]:

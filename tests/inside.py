@@ -61,7 +61,7 @@ from pyterrier_mech.prune.recovery.distillation import margin_error, with_negati
 from pyterrier_mech.prune.recovery.training import Schedule, batches, groups, train  # noqa: F401
 from pyterrier_mech.rankers import folders, loading
 from pyterrier_mech.rankers.folders import Stated  # noqa: F401
-from pyterrier_mech.rankers.ranker import _tf32 as tf32  # noqa: F401
+from pyterrier_mech.rankers.modes import tf32  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401

@@ -26,6 +26,11 @@ MLP_OUTS = {
     'modernbert': lambda base: [layer.mlp.Wo for layer in base.layers],
 }
 
+LAYERS = {
+    'distilbert': lambda base: list(base.transformer.layer),
+    'modernbert': lambda base: list(base.layers),
+}
+
 
 class Plain(NamedTuple):
     """A module and what it takes to score a row with it; a cross-encoder has no pooling."""
@@ -50,6 +55,17 @@ def projections(module):
     return {
         **{('heads', i): part for i, part in enumerate(OUT_PROJECTIONS[kind](base))},
         **{('neurons', i): part for i, part in enumerate(MLP_OUTS[kind](base))},
+    }
+
+
+def block_places(module):
+    """{(block, layer): (module, whether its input)}."""
+    kind, base = module.config.model_type, module.base_model
+    layers = LAYERS.get(kind, lambda base: list(base.encoder.layer))(base)
+    return {
+        **{('resid_pre', i): (layer, True) for i, layer in enumerate(layers)},
+        **{('attn_out', i): (part, False) for i, part in enumerate(OUT_PROJECTIONS[kind](base))},
+        **{('mlp_out', i): (part, False) for i, part in enumerate(MLP_OUTS[kind](base))},
     }
 
 

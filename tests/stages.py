@@ -8,6 +8,7 @@ from pyterrier_mech import (
     TFC1,
     AblatedReranker,
     AblateHeads,
+    Activations,
     AttentionShares,
     AttributeHeads,
     AttributeLayers,
@@ -108,6 +109,17 @@ STAGES = {
     'AttributePaths': (lambda model, **settings: AttributePaths(bi(model), 'all', **settings), edited, True),
     'AttributeNeurons': (lambda model, **settings: AttributeNeurons(cross(model), **settings), plain, True),
     'AttributeTokens': (lambda model, **settings: AttributeTokens(bi(model), **settings), plain, True),
+    'Activations': (
+        lambda model, **settings: Activations(cross(model), ['heads', 'mlp_out.L1'], **settings), plain, True
+    ),
+    'Activations of types': (
+        lambda model, **settings: Activations(bi(model), 'resid_pre', keep='token_type', **settings), plain, True
+    ),
+    'Activations of all tokens': (
+        lambda model, **settings: Activations(cross(model), ['embeddings', 'resid_post.L1'], keep='all', **settings),
+        plain,
+        True,
+    ),
     'AttentionShares': (lambda model, **settings: AttentionShares(cross(model), **settings), plain, True),
     'PrunedReranker': (pruned, plain, False),
 }  # fmt: skip

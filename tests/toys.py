@@ -210,7 +210,7 @@ def _split(settings, names):
 
 def toy_cross_encoder(family: str = 'bert', **settings) -> CrossEncoder:
     """A new ranker around a toy module."""
-    options, settings = _split(settings, ('max_length', 'batch_tokens', 'label', 'verbose'))
+    options, settings = _split(settings, ('max_length', 'batch_tokens', 'label', 'target', 'verbose'))
     module, tokenizer = toy_module(family, **settings)
     return CrossEncoder(module, tokenizer=tokenizer, **options)
 

@@ -1,15 +1,23 @@
-"""What the benchmarks share: real pairs, a model of a given size, medians of interleaved runs, the GEMM peak."""
+"""What the benchmarks share: real pairs, a model of a given size, MechIR, interleaved runs, the GEMM peak."""
 
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoTokenizer, ElectraConfig, ElectraForSequenceClassification
 
 from pyterrier_mech import CrossEncoder
+from pyterrier_mech.inputs.alignment import Aligner
+
+WORKER = Path(__file__).with_name('mechir_worker.py')
 
 
 def assets() -> Path:
@@ -74,6 +82,57 @@ def split_pairs(split: str, count: int, kind: str = 'TDC', seed: int = 0) -> pd.
 def load_qrels() -> pd.DataFrame:
     """All judgements: qid, docno, label."""
     return pd.read_csv(assets() / 'dl' / 'qrels.tsv', sep='\t', dtype={'qid': str, 'docno': str, 'label': int})
+
+
+def align(model, frame):
+    """The pairs as token ids of equal length: what every contestant is given."""
+    aligner = Aligner(model.maker)
+    ids = {name: model.tokenize('text', list(frame[name])) for name in ('query', 'text_0', 'text')}
+    rows = range(len(frame))
+    return [
+        aligner.align([ids['query'].row(i), ids['text_0'].row(i)], [ids['query'].row(i), ids['text'].row(i)])
+        for i in rows
+    ]
+
+
+def inputs_of(pair, side, device, width=None):
+    width = width or len(pair)
+    fields = {'input_ids': getattr(pair, side), 'token_type_ids': pair.segments, 'attention_mask': pair.original_mask}
+    return {
+        name: torch.from_numpy(np.pad(values, (0, width - len(values))))[None].to(device)
+        for name, values in fields.items()
+    }
+
+
+class MechIR:
+    """A worker process with MechIR, one request a line."""
+
+    def __init__(self, python, model_path, device):
+        command = [python, str(WORKER), model_path, device]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def patch(self, pairs, width, **options):
+        """Seconds and batch-mean effects of pairs padded to `width`; `options` as `patch` of MechIR takes them."""
+        fields = {
+            name: [getattr(pair, name).tolist() for pair in pairs] for name in ('original', 'perturbed', 'segments')
+        }
+        self.process.stdin.write(
+            json.dumps({'width': width, 'options': {'patch_type': 'head_all', **options}, **fields}) + '\n'
+        )
+        self.process.stdin.flush()
+        line = next(line for line in self.process.stdout if line.startswith('{'))
+        return json.loads(line)
+
+
+def mechir_python(venv: Path | None) -> str:
+    folder = venv or Path(tempfile.mkdtemp(prefix='mechir-'))
+    python = folder / 'bin' / 'python'
+    if not python.exists():
+        print(f'making a virtual environment for MechIR 0.2.0 in {folder}', file=sys.stderr)
+        subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
+        packages = ['mechir==0.2.0', 'transformers<5', f'torch=={torch.__version__.split("+")[0]}']
+        subprocess.run([python, '-m', 'pip', 'install', '-q', *packages], check=True)
+    return str(python)
 
 
 def synchronize() -> None:

@@ -28,7 +28,7 @@ def main(path, device):
             for side in ('original', 'perturbed')
         ]
         start = time.perf_counter()
-        effects, _ = model.patch(*sides, patch_type='head_all')
+        effects, _ = model.patch(*sides, **request['options'])
         if device != 'cpu':
             torch.cuda.synchronize()
         answer = {'seconds': time.perf_counter() - start, 'effects': effects.cpu().tolist()}

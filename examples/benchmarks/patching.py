@@ -7,42 +7,27 @@ Prints the equality check first. All times are medians over rounds in which the 
 needs transformers<5, so it runs in a virtual environment of its own, made here (or given by --mechir-venv).
 """
 
-import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import typer
-from common import comparison, gemm_peak, load_model, load_pairs, print_table, rounds, seconds
+from common import (
+    MechIR,
+    align,
+    comparison,
+    gemm_peak,
+    inputs_of,
+    load_model,
+    load_pairs,
+    mechir_python,
+    print_table,
+    rounds,
+    seconds,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_mech import PatchHeads
-from pyterrier_mech.inputs.alignment import Aligner
-
-WORKER = Path(__file__).with_name('mechir_worker.py')
-
-
-def align(model, frame):
-    """The pairs as token ids of equal length: what every contestant is given."""
-    aligner = Aligner(model.maker)
-    ids = {name: model.tokenize('text', list(frame[name])) for name in ('query', 'text_0', 'text')}
-    rows = range(len(frame))
-    return [
-        aligner.align([ids['query'].row(i), ids['text_0'].row(i)], [ids['query'].row(i), ids['text'].row(i)])
-        for i in rows
-    ]
-
-
-def inputs_of(pair, side, device, width=None):
-    width = width or len(pair)
-    fields = {'input_ids': getattr(pair, side), 'token_type_ids': pair.segments, 'attention_mask': pair.original_mask}
-    return {
-        name: torch.from_numpy(np.pad(values, (0, width - len(values))))[None].to(device)
-        for name, values in fields.items()
-    }
 
 
 @torch.no_grad()
@@ -72,35 +57,6 @@ def naive_hooks(model, pair, device):
             scores.append(module(**base).logits[0, 0])
             handle.remove()
     return torch.stack(scores).cpu().numpy()
-
-
-class MechIR:
-    """A worker process with MechIR, one request a line."""
-
-    def __init__(self, python, model_path, device):
-        command = [python, str(WORKER), model_path, device]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def patch(self, pairs, width):
-        """Seconds and batch-mean scores [heads] for pairs padded to `width`."""
-        fields = {
-            name: [getattr(pair, name).tolist() for pair in pairs] for name in ('original', 'perturbed', 'segments')
-        }
-        self.process.stdin.write(json.dumps({'width': width, **fields}) + '\n')
-        self.process.stdin.flush()
-        line = next(line for line in self.process.stdout if line.startswith('{'))
-        return json.loads(line)
-
-
-def mechir_python(venv: Path | None) -> str:
-    folder = venv or Path(tempfile.mkdtemp(prefix='mechir-'))
-    python = folder / 'bin' / 'python'
-    if not python.exists():
-        print(f'making a virtual environment for MechIR 0.2.0 in {folder}', file=sys.stderr)
-        subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
-        packages = ['mechir==0.2.0', 'transformers<5', f'torch=={torch.__version__.split("+")[0]}']
-        subprocess.run([python, '-m', 'pip', 'install', '-q', *packages], check=True)
-    return str(python)
 
 
 def compare_with_mechir(model, frame, pairs, device, venv, repeats):

@@ -68,6 +68,19 @@ def check_step(step: Any, data: FitData | None) -> None:
             raise ValueError(f'{type(step).__name__} needs {what}. It is {step!r}.')
 
 
+def check_logits(step: Any, model: Ranker) -> None:
+    """Checks that a step whose loss takes scores for log-odds, as its `logistic` says, gets such.
+
+    Raises:
+        ValueError: If the scores are probabilities.
+    """
+    if getattr(step, 'logistic', False) and getattr(model, 'target', 'logit') == 'probability':
+        raise ValueError(
+            f'{type(step).__name__} compares scores by a logistic loss, which takes logits; those of this ranker are '
+            "probabilities: give it with target='logit'"
+        )
+
+
 def check_method(name: str, step: Any, method: str, examples: str) -> None:
     """Checks that a setting is an object that can do its work.
 

@@ -23,7 +23,7 @@ from pyterrier_mech.prune.plans.allocation import ALLOCATIONS
 from pyterrier_mech.prune.plans.latency import corrected, latency_costs
 from pyterrier_mech.prune.plans.plan import Plan, fingerprint
 from pyterrier_mech.prune.plans.planning import BUDGETS, check_budget, check_plan_settings, make_plan
-from pyterrier_mech.prune.protocol import Criterion, Recovery, check_method, check_step
+from pyterrier_mech.prune.protocol import Criterion, Recovery, check_logits, check_method, check_step
 from pyterrier_mech.prune.recovery.rescaling import Rescaling
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.storing import HISTORY, Fitted, settings_of
@@ -234,10 +234,11 @@ class PrunedReranker(Stage, pt.Artifact, pt.Estimator):
         return self.model
 
     def _check_steps(self, data: FitData, validation: FitData | None) -> None:
-        """Checks that the data has what every step needs."""
+        """Checks that data and scores are what every step needs."""
         steps: list[Any] = [*([self._criterion] if self.plan is None else []), *self._recoveries]
         for step in steps:
             check_step(step, data)
+            check_logits(step, self.model)
             if 'qrels' in step.needs:
                 data.labels()
         if both := set() if validation is None else data.qids & validation.qids:

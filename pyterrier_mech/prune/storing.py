@@ -90,6 +90,8 @@ class Fitted:
             summary = meta['summary']
             # No other setting is taken from a file: a tokenizer's name, for one, would be read from anywhere.
             known = {key: summary['settings'][key] for key in _SETTINGS if key in summary['settings']}
+            if isinstance(known.get('label'), list):  # JSON has no tuples
+                known['label'] = tuple(known['label'])
             model = _RANKERS[summary['ranker']](folder, **known)
             history = pd.DataFrame(summary['history'], columns=list(HISTORY))
             history = history.astype({'step': int, 'loss': float, 'validation': float})
@@ -103,11 +105,11 @@ class Fitted:
         return found
 
 
-_SETTINGS = ('text_field', 'dtype', 'label')
+_SETTINGS = ('text_field', 'dtype', 'label', 'target')
 
 
 def settings_of(model: Ranker) -> dict[str, Any]:
     """Returns the settings that the files of a saved ranker do not say."""
     dtype = model.dtype or str(model.map.dtype).removeprefix('torch.')
-    label = {'label': model.label} if hasattr(model, 'label') else {}
-    return {'text_field': model.text_field, 'dtype': dtype, **label}
+    score = {name: getattr(model, name) for name in ('label', 'target') if hasattr(model, name)}
+    return {'text_field': model.text_field, 'dtype': dtype, **score}

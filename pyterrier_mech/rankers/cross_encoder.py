@@ -1,10 +1,11 @@
-"""Cross-encoders: query and text in one sequence, one logit."""
+"""Cross-encoders: query and text in one sequence, one logit, or what is made of several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from pyterrier_mech.anatomy.model import ModelMap
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.rankers.folders import stated_cross_encoder
 from pyterrier_mech.rankers.ranker import Ranker
+from pyterrier_mech.stage import choice
 
 
 @dataclass(eq=False, repr=False)
@@ -20,12 +22,16 @@ class CrossEncoder(Ranker):
 
     **Input columns**: qid, query, docno, text. **Output columns**: the same with score and rank.
 
-    Scores are raw logits. Texts are truncated as the tokenizer truncates pairs.
+    Scores are raw logits, unless another `target` is chosen: everything that measures the score measures that, in its
+    unit. Texts are truncated as the tokenizer truncates pairs.
 
     Args:
         model: Hub name, local folder, or a loaded module (used as it is, where it is).
         tokenizer: A tokenizer or its name; by default the model's own.
-        label: Which logit is the relevance, for models with more than one.
+        label: Which logit is the relevance, for models with more than one; or two labels (a, b), whose score is
+            logit a − logit b: the log-odds of a, where no other label counts.
+        target: What the score is: 'logit', or 'probability': the sigmoid of the only logit, or the share that soft-max
+            over all labels gives to `label`. Near 0 and 1 probabilities of different logits may round to one number.
         text_field: Column that holds the text.
         max_length: Tokens of a pair, special tokens included; by default the model's own maximum.
         batch_tokens: Tokens of one batch, padding included; by default what suits the device.
@@ -36,14 +42,15 @@ class CrossEncoder(Ranker):
     Raises:
         FileNotFoundError: When first used, if there is no such model.
         ValueError: When first used, if the family is unknown, the checkpoint has no classification head, or the
-            model has several labels and none was chosen.
+            model has several labels and none was chosen, or label or target do not fit the model or each other.
     """
 
     towers = (('query', 'text'),)
     classifier = True
 
     _: KW_ONLY
-    label: int | None = None
+    label: int | Sequence[int] | None = None
+    target: str = choice(['logit', 'probability'])
 
     _read_stated = staticmethod(stated_cross_encoder)
 
@@ -54,10 +61,11 @@ class CrossEncoder(Ranker):
         return READOUTS[pooling if '.' not in pooling else attrgetter(pooling)(self.map.module)]
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns the relevance logits [...] of vectors [..., d].
+        """Returns the scores [...] of vectors [..., d], in the unit that `target` says.
 
         Raises:
-            ValueError: If something acts on the whole module, whose own forward is not called here.
+            ValueError: If label or target do not fit, or something acts on the whole module, whose own forward is not
+                called here.
         """
         whole = vars(self.map.module)
         if whole['_forward_hooks'] or whole['_forward_pre_hooks'] or ('forward' in whole and '_hf_hook' not in whole):
@@ -65,17 +73,36 @@ class CrossEncoder(Ranker):
                 'hooks and forwards of the whole classification module are not run here: put them on its base_model, '
                 'or on the parts of its head'
             )
-        return self.map.family.classify(self.map.module, vectors[0])[..., self._relevance]
+        chosen = self._chosen_labels()
+        logits = self.map.family.classify(self.map.module, vectors[0])
+        if self.target == 'logit' and len(chosen) == 1:
+            return logits[..., chosen[0]]
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()  # what follows would lose most of the little precision
+        if len(chosen) == 2:
+            return logits[..., chosen[0]] - logits[..., chosen[1]]
+        one = logits.shape[-1] == 1
+        return logits[..., 0].sigmoid() if one else logits.softmax(-1)[..., chosen[0]]
 
-    @property
-    def _relevance(self) -> int:
+    def _chosen_labels(self) -> list[int]:
+        """Returns the label whose logit is the score, or the two whose difference is."""
+        self.check()
         n_labels = self.map.module.config.num_labels
         if self.label is None and n_labels > 1:
             raise ValueError(f'{self!r} has {n_labels} labels: say which logit is the relevance, e.g. label=1')
-        label = self.label or 0
-        if not isinstance(label, int) or not 0 <= label < n_labels:
-            raise ValueError(f'label must be a number from 0 to {n_labels - 1} for {self!r}; got {label!r}')
-        return label
+        several = isinstance(self.label, (tuple, list))
+        labels: list[Any] = list(self.label) if several else [self.label or 0]  # type: ignore[arg-type]
+        for label in labels:
+            if not isinstance(label, int) or not 0 <= label < n_labels:
+                raise ValueError(f'label must be a number from 0 to {n_labels - 1} for {self!r}; got {label!r}')
+        if several and (len(labels) != 2 or labels[0] == labels[1]):
+            raise ValueError(f'label must be one number, or two different ones (a, b) for a − b; got {self.label!r}')
+        if len(labels) == 2 and self.target != 'logit':
+            raise ValueError(
+                f'label={self.label!r} is a difference of logits, which has no probability: use '
+                f"label={labels[0]} with target='probability', or target='logit'"
+            )
+        return labels
 
     def _load(self) -> ModelMap:
         loaded = super()._load()

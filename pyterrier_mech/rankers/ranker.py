@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,24 +14,24 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
-from torch import nn
 
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
-from pyterrier_mech.frames import texts_of
+from pyterrier_mech.frames import texts_of, two_versions
+from pyterrier_mech.inputs.alignment import UNALIGNED
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
-from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
+from pyterrier_mech.inputs.inputs import ORIGINAL, AlignedTower, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.provenance import with_seen
 from pyterrier_mech.rankers import loading
 from pyterrier_mech.rankers.folders import Stated
+from pyterrier_mech.rankers.modes import evaluating, tf32
 from pyterrier_mech.stage import Stage
 from pyterrier_mech.units import HEADS, NEURONS, Site
 
 Edits = Mapping[Site, Edit]
 
-_tf32_lock = threading.Lock()
-_tf32_found: list[bool] = []
+_ALIGNED = ['qid', 'docno', 'position', 'original', 'perturbed', 'change', 'type', 'patchable']
 
 
 @dataclass(eq=False, repr=False)
@@ -66,6 +65,7 @@ class Ranker(Stage):
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Scores and ranks the rows of a result frame."""
+        self.check()
         values = texts_of(inp, self, self.text_field)
         res = pt.model.add_ranks(inp.assign(score=self.score(values['query'], values['text'])))
         return with_seen(res, self.seen) if len(inp) else res
@@ -95,6 +95,33 @@ class Ranker(Stage):
         with self.computing():
             scores = collected(inputs.lengths, self.budget, step, verbose=self.verbose, desc=type(self).__name__)
         return self.finite(scores)
+
+    def align(self, frame: pd.DataFrame, *, filler: str | None = 'a') -> pd.DataFrame:
+        """Returns how the two versions of every row stand side by side when they are patched, one row a position.
+
+        Args:
+            frame: What `Perturb` gave: qid, docno, query, text and text_0, query_0, or both.
+            filler: As in `PatchHeads`.
+
+        Returns:
+            qid, docno, `position`, `original` and `perturbed` (tokens), `change` ('same', 'replaced', 'inserted',
+            'deleted'), `type` and `patchable` ('yes', or why not). Where there is no alignment, only the original
+            stands there. The index is that of the frame. The positions of a bi-encoder's query come first, as in the
+            arrays of `PatchLayers`.
+        """
+        versions = two_versions(frame, self, self.text_field)
+        if not len(frame):
+            return pd.DataFrame(columns=_ALIGNED, index=frame.index)
+        inputs, parts = Inputs.pairs(self, *versions, filler), []
+        for row, problem in enumerate(inputs.problems):
+            towers = [tower.alignments[row] for tower in inputs.towers if isinstance(tower, AlignedTower)]
+            part = pd.concat([one.to_frame(self.maker.tokenizer) for one in towers], ignore_index=True)
+            if problem == UNALIGNED:
+                part[['perturbed', 'change']] = None
+            named = {name: frame[name].iloc[row] for name in ('qid', 'docno')}
+            parts.append(part.assign(**named, position=part.index, patchable=problem or 'yes'))
+        index = frame.index.repeat([len(part) for part in parts])
+        return pd.concat(parts)[_ALIGNED].set_axis(index, axis=0)
 
     # -- the handle
 
@@ -217,7 +244,7 @@ class Ranker(Stage):
             stack.enter_context(torch.autocast(model.device.type, enabled=False))
             stack.enter_context(torch.set_grad_enabled(gradients))
             stack.enter_context(evaluating(model.module))
-            stack.enter_context(_tf32(self.dtype == 'tf32'))
+            stack.enter_context(tf32(self.dtype == 'tf32'))
             yield
 
     def finite(self, scores: np.ndarray) -> np.ndarray:
@@ -316,33 +343,3 @@ def as_numpy(values: torch.Tensor) -> np.ndarray:
     """Returns values on the CPU, half precision raised to float32."""
     values = values.detach()
     return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).cpu().numpy()
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Runs the block without dropout and leaves every submodule in the mode that it was in."""
-    training = [part for part in module.modules() if part.training]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    if not on:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    # Runs of several modules may overlap in threads: the last to end restores what the first has found.
-    with _tf32_lock:
-        _tf32_found.append(_tf32_found[0] if _tf32_found else matmul.allow_tf32)
-        matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        with _tf32_lock:
-            found = _tf32_found.pop()
-            matmul.allow_tf32 = bool(_tf32_found) or found

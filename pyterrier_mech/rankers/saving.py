@@ -19,7 +19,7 @@ def save_ranker(model: Ranker, folder: str | Path) -> Path:
     The files are those of a Hugging Face model (configuration of the unpruned model, small tensors, tokenizer),
     `pruned.json` with the number of heads and of neurons of every layer and, in the files of sentence-transformers,
     what `Stated` holds: maximum length, prompts, pooling, similarity and more. The same files on the hub are loaded
-    by the repository's name. The remaining settings, such as `label` and `dtype`, are given when loading.
+    by the repository's name. The remaining settings, such as `label`, `target` and `dtype`, are given when loading.
 
     Args:
         model: A ranker of a family whose units can be removed, pruned or not.

@@ -4,28 +4,13 @@ import numpy as np
 import pytest
 import torch
 from inside import sides
-from oracles import MLP_OUTS, OUT_PROJECTIONS
+from oracles import block_places as places
 from toys import FAMILIES, pairs, toy_bi_encoder, toy_cross_encoder, unpatchable_pairs
 
 from pyterrier_mech import PatchedReranker, PatchHeads, PatchLayers
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 BLOCKS = ('resid_pre', 'attn_out', 'mlp_out')
-LAYERS = {
-    'distilbert': lambda base: list(base.transformer.layer),
-    'modernbert': lambda base: list(base.layers),
-}
-
-
-def places(module):
-    """{(block, layer): (module, whether its input)}."""
-    kind, base = module.config.model_type, module.base_model
-    layers = LAYERS.get(kind, lambda base: list(base.encoder.layer))(base)
-    return {
-        **{('resid_pre', i): (layer, True) for i, layer in enumerate(layers)},
-        **{('attn_out', i): (part, False) for i, part in enumerate(OUT_PROJECTIONS[kind](base))},
-        **{('mlp_out', i): (part, False) for i, part in enumerate(MLP_OUTS[kind](base))},
-    }
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from pyterrier_mech.prune.criteria.basic import head_weights, neuron_weights
 from pyterrier_mech.prune.criteria.gates import PASSES, gating, with_gradients
 from pyterrier_mech.prune.data import FitData, drawn_order, take
 from pyterrier_mech.prune.plans.costs import flop_costs
-from pyterrier_mech.prune.protocol import above_zero, at_least, check_share, check_step
+from pyterrier_mech.prune.protocol import above_zero, at_least, check_logits, check_share, check_step
 from pyterrier_mech.prune.scores import UnitScores
 from pyterrier_mech.prune.surgery import check_weights
 from pyterrier_mech.rankers.ranker import Ranker, as_numpy
@@ -146,6 +146,7 @@ class Movement:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({'text', 'qrels'})
+    logistic: ClassVar[bool] = True
 
     steps: int = 100
     learning_rate: float = 2e-5
@@ -166,9 +167,10 @@ class Movement:
 
         Raises:
             ValueError: If a setting is out of range, the data lacks texts or judgements, no query has two texts with
-                different labels, or the ranker's linear maps do not hold its weights.
+                different labels, the scores are probabilities, or the ranker's linear maps do not hold its weights.
         """
         check_step(self, data)
+        check_logits(self, model)
         check_weights(model)
         data = data.plain
         contrasts = _contrasts(data, drawn_order(data, self.seed))

@@ -131,8 +131,8 @@ def same_group(group: np.ndarray) -> np.ndarray:
 
 def identity_of(ranker: Ranker) -> tuple[object, ...]:
     """Returns what determines the scores of a ranker, but not the memory address of anything."""
-    label = getattr(ranker, 'label', None)
-    return fingerprint(ranker), label, ranker.maker.max_length, ranker.dtype, ranker.stated_
+    score = tuple(getattr(ranker, name, None) for name in ('label', 'target'))
+    return fingerprint(ranker), score, ranker.maker.max_length, ranker.dtype, ranker.stated_
 
 
 def with_negatives(data: FitData, share: float, seed: int) -> FitData:

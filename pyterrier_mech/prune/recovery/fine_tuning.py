@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from pyterrier_mech.evaluation.runs import judgements, with_ids
 from pyterrier_mech.prune.data import FitData
+from pyterrier_mech.prune.protocol import check_logits
 from pyterrier_mech.prune.recovery.distillation import identity_of, same_group
 from pyterrier_mech.prune.recovery.training import Schedule, name_of, train
 from pyterrier_mech.rankers.ranker import Ranker
@@ -47,6 +48,7 @@ class FineTuning(Schedule):
     learning_rate: float = 5e-5
 
     needs: ClassVar[frozenset[str]] = frozenset({'text', 'qrels'})
+    logistic: ClassVar[bool] = True
 
     def recover(
         self, student: Ranker, teacher: Ranker, data: FitData, validation: FitData | None = None
@@ -63,10 +65,11 @@ class FineTuning(Schedule):
             The history: `step`, `loss`, and, as `validation`, 1 − nDCG@10; see `train`.
 
         Raises:
-            ValueError: If a setting is out of range, no query has texts of different labels, the validation queries
-                are not judged, or the checkpoint is of another run.
+            ValueError: If a setting is out of range, no query has texts of different labels, the scores are
+                probabilities, the validation queries are not judged, or the checkpoint is of another run.
         """
         self.check()
+        check_logits(self, student)
         labels = data.labels()
         frame = data.frame.assign(label=labels)[labels.notna()].reset_index(drop=True)
         if not (frame.groupby('qid')['label'].nunique() > 1).any():
