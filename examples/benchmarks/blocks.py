@@ -1,4 +1,4 @@
-"""Speed of patching blocks by token type and by position against hooks, and against MechIR's `block_all`.
+"""Speed of patching blocks and paths against hooks, and against MechIR's `block_all`.
 
     python examples/benchmarks/blocks.py --no-mechir
     python examples/benchmarks/blocks.py --mechir-venv ENVIRONMENT
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import naive_paths
 import numpy as np
 import pandas as pd
 import torch
@@ -32,7 +33,7 @@ from common import (
     seconds,
 )
 
-from pyterrier_mech import PatchLayers
+from pyterrier_mech import PatchLayers, PatchPaths
 
 BLOCKS = ('resid_pre', 'attn_out', 'mlp_out')
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
@@ -77,7 +78,31 @@ def positions(ranker, device) -> Sweep:
     return Sweep(stage, lambda pair: naive_blocks(ranker, pair, [[i] for i in range(len(pair))], device), effects)
 
 
-SWEEPS = {'token types': token_types, 'positions': positions}
+def paths_to_score(ranker, device) -> Sweep:
+    """Every head, through no other head."""
+    names = [f'L{i}H{h}>score' for i in range(ranker.n_layers) for h in range(ranker.n_heads(i))]
+    naive = lambda pair: naive_paths.to_score(ranker, pair, device)  # noqa: E731
+    return Sweep(PatchPaths(ranker), naive, lambda row: row[names].to_numpy(dtype=float))
+
+
+def all_paths(ranker, device) -> Sweep:
+    """Every head into the queries, keys and values of every later head."""
+    heads = [(i, h) for i in range(ranker.n_layers) for h in range(ranker.n_heads(i))]
+
+    def effects(row):
+        cells = [row[f'paths.L{i}H{h}.{kind}'] for kind in 'qkv' for i, h in heads if i]
+        flat = np.concatenate(cells)
+        return flat[np.isfinite(flat)]
+
+    return Sweep(PatchPaths(ranker, 'all'), lambda pair: naive_paths.to_all(ranker, pair, device), effects)
+
+
+SWEEPS = {
+    'token types': token_types,
+    'positions': positions,
+    'paths to the score': paths_to_score,
+    'all paths': all_paths,
+}
 
 
 @torch.no_grad()
@@ -155,6 +180,7 @@ def main(
     model: str = 'ce-minilm-l6',
     pairs: int = 10,
     position_pairs: int = 2,
+    path_pairs: int = 1,
     mechir_pairs: int = 1,
     device: str = 'cpu',
     repeats: int = 5,
@@ -162,6 +188,7 @@ def main(
     mechir: bool = True,
     mechir_venv: Path | None = None,
     shipped: bool = True,
+    sweeps: list[str] | None = None,
 ):
     """Prints every sweep against hooks, then positions against MechIR."""
     ranker = load_model(model, device)
@@ -175,8 +202,10 @@ def main(
     def some(count):
         return frame.iloc[typical[:count]], [aligned[i] for i in typical[:count]]
 
-    for name, sweep in SWEEPS.items():
-        run_sweep(name, sweep(ranker, device), *some(position_pairs if name == 'positions' else pairs), repeats)
+    counts = {'positions': position_pairs, 'all paths': path_pairs}
+    for name in sweeps or SWEEPS:
+        rounds_of = 1 if name == 'all paths' else repeats  # minutes a pair by hand
+        run_sweep(name, SWEEPS[name](ranker, device), *some(counts.get(name, pairs)), rounds_of)
     if mechir:
         worker = MechIR(mechir_python(mechir_venv), ranker.model, device)
         run_mechir(ranker, positions(ranker, device), *some(mechir_pairs), worker, shipped, mechir_repeats)
