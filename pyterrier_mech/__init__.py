@@ -8,10 +8,23 @@ from pyterrier_mech import measures, plot, prune, stats
 from pyterrier_mech.attribute import AttributeHeads, AttributeNeurons, AttributeTokens
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers
-from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
+from pyterrier_mech.perturb import (
+    LNC1,
+    LNC2,
+    PROX,
+    STMC1,
+    TDC,
+    TFC1,
+    TFC2,
+    TFC3,
+    TFLNC,
+    Perturb,
+    all_edits,
+    perturbation,
+)
 from pyterrier_mech.prune import PrunedReranker
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
-from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
+from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, NeuronEffects
 from pyterrier_mech.units import Units
 
 __version__ = '0.1.0'
@@ -24,10 +37,16 @@ __all__ = [
     'PrunedReranker',
     # edits
     'LNC1',
+    'LNC2',
+    'PROX',
     'Perturb',
+    'STMC1',
     'TDC',
     'TFC1',
     'TFC2',
+    'TFC3',
+    'TFLNC',
+    'all_edits',
     'perturbation',
     # analyses
     'AblateHeads',
@@ -38,6 +57,7 @@ __all__ = [
     'PatchHeads',
     'PatchLayers',
     # results
+    'AxiomProfile',
     'Circuit',
     'HeadEffects',
     'NeuronEffects',
