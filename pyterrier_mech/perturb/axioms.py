@@ -101,6 +101,8 @@ class TFLNC(CountedAxiom):
         location: ``'end'``, ``'start'`` or ``'sentence'``; with ``'replace'`` the document does not grow.
     """
 
+    in_text: ClassVar[bool] = True
+
     def terms(self, query: str, text: str) -> list[str]:
         """Returns one drawn query word that the document has, ``k`` times."""
         there = {term for _, term in self._pairs(text)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, ClassVar
 
-from pyterrier_mech.draws import generator
+from pyterrier_mech.draws import generator, shuffled
 from pyterrier_mech.perturb._documents import plain_terms, plain_words
 from pyterrier_mech.perturb._words import Span, sentence_ends, with_words, word_spans
 from pyterrier_mech.perturb.statistics import collection_statistics
@@ -57,8 +57,9 @@ class TextEdit:
 
     @property
     def name(self) -> str:
-        """The class, with the numbers and words among its settings that are not the default."""
-        shown = [(one.name, getattr(self, one.name)) for one in fields(self) if one.default != getattr(self, one.name)]
+        """The class, with the numbers and words among its settings that are not the default, but for the seed."""
+        others = [one for one in fields(self) if one.name != 'seed']
+        shown = [(one.name, getattr(self, one.name)) for one in others if one.default != getattr(self, one.name)]
         settings = ', '.join(f'{name}={value!r}' for name, value in shown if isinstance(value, (int, float, str)))
         return f'{type(self).__name__}({settings})' if settings else type(self).__name__
 
@@ -75,6 +76,10 @@ class TextEdit:
     def versions(self, query: str, text: str) -> tuple[str, ...]:
         """Returns the documents that the prediction compares, the original first."""
         return text, self(query, text)
+
+    def control(self, query: str, other: str, text: str) -> tuple[str, ...]:
+        """Returns the versions of a document by the same edit made for another query, to compare with."""
+        return self.versions(other, text)
 
     def _draw(self, items: Iterable[Any], k: int, *key: str) -> list[Any]:
         """Returns ``k`` items, each drawn anew and evenly from the distinct ones; none where there are none."""
@@ -93,6 +98,9 @@ class MatchingEdit(TextEdit):
 
     statistics: Any = None
 
+    # Whether the edit needs query terms in the document: those of another query are mostly not there.
+    in_text: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         """Checks the parameters and wraps the statistics, which are read at the first call.
 
@@ -107,6 +115,18 @@ class MatchingEdit(TextEdit):
         """Returns whether a text contains a word, in any form that the collection does not tell apart."""
         terms = {term for _, term in self._pairs(text)}
         return self._term(word) in terms or word.lower() in plain_words(text)
+
+    def control(self, query: str, other: str, text: str) -> tuple[str, ...]:
+        """Returns the versions of a document by the same edit made for another query.
+
+        An edit of query terms in the document is made for words of the document instead: as many drawn ones, neither
+        stop words nor in the query, as it has different query terms.
+        """
+        if not self.in_text:
+            return super().control(query, other, text)
+        others = list(dict.fromkeys(self._not_in_query(query, self._pairs(text))))
+        terms = {mark for mark in self._marked(query, text)[1] if mark is not None}
+        return self.versions(' '.join(shuffled(others, int(self.seed), query, text, 'control')[: len(terms)]), text)
 
     def _pairs(self, text: str) -> list[tuple[str, str]]:
         return plain_terms(text) if self.statistics is None else self.statistics.query_terms(text)

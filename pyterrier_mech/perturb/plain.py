@@ -173,6 +173,7 @@ class RemoveQueryTerm(MatchingEdit):
 
     citation: ClassVar[str] = FANG_2004
     expected: ClassVar[int | None] = -1
+    in_text: ClassVar[bool] = True
 
     def __call__(self, query: str, text: str) -> str:
         """Returns the document without the term."""

@@ -37,6 +37,10 @@ class TFC3(MatchingEdit):
             return with_words(text, [span], [word])
         return text
 
+    def control(self, query: str, other: str, text: str) -> tuple[str, ...]:
+        """Returns the document with a repeated word that is not in the query exchanged for a word of another query."""
+        return self.versions(' '.join([*self._not_in_query(query, self._pairs(text)), other]), text)
+
     def _exchanged(self, query: str, text: str) -> list[tuple[Span, str]]:
         """Returns what is drawn: a place, and the word that comes there; none where there is nothing to draw."""
         spans, marks = self._marked(query, text)
@@ -69,6 +73,7 @@ class PROX(MatchingEdit):
 
     direction: str = field(default='together', kw_only=True)
 
+    in_text: ClassVar[bool] = True
     citation: ClassVar[str] = (
         'Tao and Zhai: An Exploration of Proximity Measures in Information Retrieval. SIGIR 2007. As an axiom: Hagen, '
         'Völske, Göring and Stein: Axiomatic Result Re-Ranking. CIKM 2016.'

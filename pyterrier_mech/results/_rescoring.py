@@ -58,11 +58,11 @@ def edited_versions(
     others = [lent.get(other) for other in rows['qid'].map(_lenders(lent, seed))]
     edits = []
     for name, edit in _named(axioms):
-        make = _maker(edit)
+        make, control = _makers(edit)
         versions, controls = [], []
         for row, (query, text, other) in enumerate(zip(rows['query'], rows[text_field], others)):
-            own = _made(make, name, rows, row, query, text)
-            foreign = None if other is None else _made(make, name, rows, row, other, text)
+            own = _made(lambda: make(query, text), name, rows, row, text)
+            foreign = None if other is None else _made(lambda: control(query, other, text), name, rows, row, text)
             versions.append(own)
             controls.append(None if own is None or foreign == own else foreign)
         expected = getattr(edit, 'expected', None)
@@ -95,8 +95,8 @@ def scored(ranker: Any, rows: pd.DataFrame, edits: Sequence[Edited], text_field:
     score = {key: found.get((key[0], docno), np.nan) for key, docno in zip(keys, given['docno'])}
     if lost := [key for key, value in score.items() if not np.isfinite(value)]:
         raise ValueError(
-            f'{ranker!r} returned no finite score for {len(lost)} of {len(score)} texts, the first of qid={lost[0][0]!r}'
-            f': {lost[0][1][:80]!r}. Give a ranker that scores every row, without a cut-off.'
+            f'{ranker!r} returned no finite score for {len(lost)} of {len(score)} texts, the first of '
+            f'qid={lost[0][0]!r}: {lost[0][1][:80]!r}. Give a ranker that scores every row, without a cut-off.'
         )
     qids = rows['qid'].tolist()
 
@@ -112,7 +112,7 @@ def scored(ranker: Any, rows: pd.DataFrame, edits: Sequence[Edited], text_field:
 
 
 def _by_key(ranker: pt.Transformer, given: pd.DataFrame) -> dict[tuple[str, str], float]:
-    res = ranker(given)
+    res = pd.DataFrame(ranker(given))
     if missing := [column for column in ('qid', 'docno', 'score') if column not in res.columns]:
         raise ValueError(f'{ranker!r} returned no column {missing[0]!r}: give a transformer that scores texts.')
     return dict(zip(zip(res['qid'].astype(str), res['docno'].astype(str)), res['score'].astype(float)))
@@ -167,20 +167,21 @@ def _named(axioms: Iterable[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:
     return named
 
 
-def _maker(edit: Any) -> Callable[[str, str], tuple[str, ...]]:
+def _makers(edit: Any) -> tuple[Callable[[str, str], tuple[str, ...]], Callable[[str, str, str], tuple[str, ...]]]:
+    """Returns what makes the versions of an edit for (query, text), and of its control for (query, other, text)."""
     if isinstance(edit, TextEdit):
-        return edit.versions
+        return edit.versions, edit.control
     if isinstance(edit, type) or not callable(edit):
         raise TypeError(f'{edit!r} is no edit: give an axiom such as TFC1(), or a callable (query, text) -> str.')
     call = as_edit(edit.function if isinstance(edit, Perturbation) else edit)
-    return lambda query, text: (text, call(query, text))
+    return lambda query, text: (text, call(query, text)), lambda query, other, text: (text, call(other, text))
 
 
 def _made(
-    make: Callable[[str, str], tuple[str, ...]], name: str, rows: pd.DataFrame, row: int, query: str, text: str
+    make: Callable[[], tuple[str, ...]], name: str, rows: pd.DataFrame, row: int, text: str
 ) -> tuple[str, ...] | None:
     try:
-        versions = make(query, text)
+        versions = make()
     except Exception as error:
         raise RuntimeError(f'{name} failed at {row_name(rows, row)}: {error!r}') from error
     if not all(isinstance(version, str) for version in versions):

@@ -77,8 +77,10 @@ class AxiomProfile(SavedResult):
         a millionth of the scores is 0.
 
         The control of a pair is the same edit made with another query of the frame, one that shares no word with its
-        own, and scored for its own query: what a foreign term of the same kind does. Where this gives the same text, as
-        for edits that do not read the query, there is no control.
+        own, and scored for its own query: what a foreign term of the same kind does. Edits of query terms that the
+        document has (``TFLNC``, ``TFC3``, ``PROX``, ``RemoveQueryTerm``) are made of other words of the document, see
+        ``control`` of the edit. Where this gives the same text, as for edits that draw nothing by the query, there is
+        no control.
 
         The ranker is called once, with one row for each different text of a query: ``qid``, ``query``, ``docno`` (a
         name made of the text, so that a score cache cannot confuse versions) and the text, nothing else. It may be any
@@ -123,10 +125,10 @@ class AxiomProfile(SavedResult):
                     **_line(change, kept, control, control_kept, qids, options),
                 }
             )
-            columns = {'edit': edit.digests, 'change': change, 'kept': kept, 'control': control}
-            one = rows[['qid', 'docno']].assign(axiom=edit.name, **columns, control_kept=control_kept)
+            one = rows[['qid', 'docno']].assign(axiom=edit.name, edit=edit.digests, change=change, kept=kept)
+            one = one.assign(control=control, control_kept=control_kept)
             pairs.append(one[np.isfinite(change)][list(_PAIRS)])
-        summary = {
+        summary: dict[str, Any] = {
             **options,
             'ranker': repr(ranker),
             'n_pairs': len(rows),
