@@ -62,12 +62,22 @@ def judged_pairs(docs, topics, qrels, options):
     return rows.sort_values(['qid', 'docno'])[['qid', 'docno', 'query', 'text']]
 
 
-def bm25(docs):
-    """Returns BM25 over texts, with document frequencies and lengths of the whole collection."""
-    folder = tempfile.mkdtemp()
-    index = pt.terrier.TerrierIndex(f'{folder}/index')
+def statistics_of(docs, folder):
+    """Returns the statistics of an index, where there is one that stems without Java, else those of the words."""
+    try:
+        from pyterrier_pisa import PisaIndex
+    except ImportError:
+        return collection_statistics(docs)
+    index = PisaIndex(f'{folder}/pisa', text_field='text')
     index.index(docs[['docno', 'text']].to_dict('records'))
-    return index, pt.text.scorer(wmodel='BM25', body_attr='text', background_index=index.index_obj())
+    return collection_statistics(index)
+
+
+def bm25(docs, folder):
+    """Returns BM25 over texts, with the document frequencies and lengths of the whole collection."""
+    index = pt.terrier.TerrierIndex(f'{folder}/terrier')
+    index.index(docs[['docno', 'text']].to_dict('records'))
+    return pt.text.scorer(wmodel='BM25', body_attr='text', background_index=index.index_obj())
 
 
 def shown(value, low, high):
@@ -92,6 +102,14 @@ def table(profile):
     return pd.DataFrame(rows).to_string(index=False)
 
 
+def report(name, ranker, pairs, edits, options):
+    profile = AxiomProfile.of(ranker, pairs, edits, seed=options.seed)
+    spread = f'score changes in standard deviations within a topic ({profile.spread:.3f})'
+    print(f'\n{name}: {spread}\n{table(profile)}', flush=True)
+    if options.out:
+        profile.save(options.out / name, overwrite=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options = arguments(parser)
@@ -100,17 +118,13 @@ def main():
     encoder = BiEncoder(options.encoder) if options.encoder else None
     rankers = {Path(name).name: CrossEncoder(name) for name in options.model}
     rankers |= {Path(name).name: BiEncoder(name) for name in options.bi}
-    statistics = collection_statistics(docs)
-    if options.bm25:
-        index, rankers['BM25'] = bm25(docs)
-        statistics = collection_statistics(index)
-    edits = all_edits(statistics, encoder=encoder, seed=options.seed)
-    print(f'{len(pairs)} pairs of {pairs["qid"].nunique()} topics; statistics of {statistics.n_docs} documents')
-    for name, ranker in rankers.items():
-        profile = AxiomProfile.of(ranker, pairs, edits, seed=options.seed)
-        print(f'\n{name}: score changes in standard deviations within a topic ({profile.spread:.3f})\n{table(profile)}')
-        if options.out:
-            profile.save(options.out / name, overwrite=True)
+    with tempfile.TemporaryDirectory() as folder:
+        edits = all_edits(statistics_of(docs, folder), encoder=encoder, seed=options.seed)
+        print(f'{len(pairs)} pairs of {pairs["qid"].nunique()} topics; statistics of {len(docs)} documents', flush=True)
+        for name, ranker in rankers.items():
+            report(name, ranker, pairs, edits, options)
+        if options.bm25:  # last: Java starts here
+            report('BM25', bm25(docs, folder), pairs, edits, options)
 
 
 if __name__ == '__main__':

@@ -205,8 +205,8 @@ class ReplaceQueryTerm(MatchingEdit):
         """
         super().__post_init__()
         given = self.synonyms
-        pairs = tuple(given.items() if isinstance(given, Mapping) else given)
-        if not pairs or not all(len(pair) == 2 and _is_list(pair[1]) for pair in pairs):
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+        if not _is_list(pairs) or not all(_is_list(pair) and len(pair) == 2 and _is_list(pair[1]) for pair in pairs):
             raise ValueError(f"synonyms={given!r}: give for each word a list of words, such as {{'bread': ['loaf']}}.")
         object.__setattr__(self, 'synonyms', tuple((word, tuple(words)) for word, words in pairs))
 
@@ -221,8 +221,8 @@ class ReplaceQueryTerm(MatchingEdit):
         return text
 
 
-def _is_list(words: object) -> bool:
-    return isinstance(words, Sequence) and not isinstance(words, str) and bool(words)
+def _is_list(words: Any) -> bool:
+    return isinstance(words, Sequence) and not isinstance(words, str) and len(words) > 0
 
 
 def _without(text: str, spans: Sequence[Span]) -> str:

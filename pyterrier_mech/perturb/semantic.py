@@ -49,7 +49,7 @@ class STMC1(CountedAxiom):
             TypeError: If the encoder cannot encode.
         """
         super().__post_init__()
-        if isinstance(self.encoder, type) or not callable(getattr(self.encoder, 'encode', None)):
+        if isinstance(self.encoder, (type, str)) or not callable(getattr(self.encoder, 'encode', None)):
             raise TypeError(
                 f'encoder={self.encoder!r}: STMC1 needs an object with encode(words) -> [words, d], such as '
                 'BiEncoder(name) or SentenceTransformer(name).'
