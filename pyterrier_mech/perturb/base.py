@@ -195,7 +195,7 @@ class Axiom(MatchingEdit):
 
     def _replaced(self, terms: Sequence[str], query: str, text: str) -> str:
         spans, marks = self._marked(query, text)
-        others = {word: None for word in self._not_in_query(query, ((w, w) for w in plain_words(text)))}
+        others = set(self._not_in_query(query, ((w, w) for w in plain_words(text)))) - {t.lower() for t in terms}
         free = [s for s, mark in zip(spans, marks) if mark is None and text[s.start : s.end].lower() in others]
         if len(free) < len(terms):
             return text
