@@ -15,10 +15,23 @@ from pyterrier_mech.attribute import (
 )
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
-from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
+from pyterrier_mech.perturb import (
+    LNC1,
+    LNC2,
+    PROX,
+    STMC1,
+    TDC,
+    TFC1,
+    TFC2,
+    TFC3,
+    TFLNC,
+    Perturb,
+    all_edits,
+    perturbation,
+)
 from pyterrier_mech.prune import PrunedReranker
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
-from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
+from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, NeuronEffects
 from pyterrier_mech.units import Units
 
 __version__ = '0.1.0'
@@ -31,10 +44,16 @@ __all__ = [
     'PrunedReranker',
     # edits
     'LNC1',
+    'LNC2',
+    'PROX',
     'Perturb',
+    'STMC1',
     'TDC',
     'TFC1',
     'TFC2',
+    'TFC3',
+    'TFLNC',
+    'all_edits',
     'perturbation',
     # analyses
     'AblateHeads',
@@ -49,6 +68,7 @@ __all__ = [
     'PatchLayers',
     'PatchPaths',
     # results
+    'AxiomProfile',
     'Circuit',
     'HeadEffects',
     'NeuronEffects',

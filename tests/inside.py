@@ -42,6 +42,7 @@ from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
 from pyterrier_mech.patch.variants import variants_of
 from pyterrier_mech.perturb._documents import plain_words  # noqa: F401
+from pyterrier_mech.perturb._words import word_spans  # noqa: F401
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
 from pyterrier_mech.prune.criteria.gates import gating, unit_gradients
 from pyterrier_mech.prune.criteria.trained import _expected as expected_cost  # noqa: F401

@@ -204,7 +204,11 @@ def test_schematic_is_what_the_pipeline_gives(world):
 
 
 def heat_map(*arguments):
-    script = REPOSITORY / 'examples' / 'heat_map.py'
+    example('heat_map.py', *arguments)
+
+
+def example(name, *arguments):
+    script = REPOSITORY / 'examples' / name
     if not script.exists():
         pytest.skip('examples/ is not there: the package is not in its repository')
     before = sys.argv
@@ -237,3 +241,18 @@ def test_heat_map_script_says_what_is_wrong(world, arguments, message, capsys):
         heat_map(*arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_axioms_script(world, capsys):
+    arguments = ['--topics', '3', '--pairs', '2', '--out', 'profiles', '--encoder', 'sentence-transformers/any']
+    example('axioms.py', '--dataset', 'irds:any', '--model', 'my-model', *arguments)
+    out = capsys.readouterr().out
+    assert 'my-model: score changes' in out and 'STMC1' in out
+    assert pyterrier_mech.AxiomProfile.load('profiles/my-model').n_queries == 3
+
+
+def test_axioms_script_needs_a_ranker(world, capsys):
+    with pytest.raises(SystemExit) as error:
+        example('axioms.py', '--dataset', 'irds:any')
+    assert error.value.code == 2 and 'there is no ranker' in capsys.readouterr().err

@@ -1,125 +1,112 @@
-"""Axioms of term matching as perturbations: each adds terms to a document and predicts the sign of the score change.
+"""Axioms of term matching and document length: each predicts the sign of the score change.
 
-An axiom is a small frozen value. What it draws depends on (seed, query, text) only, never on the order of calls. The
-formulations are those of Fang, Tao and Zhai; the appended term is the word as the query writes it, lower-cased.
+The formulations are those of Fang, Tao and Zhai; the added term is the word as the query writes it, lower-cased.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
-from pyterrier_mech.draws import generator
-from pyterrier_mech.perturb._documents import plain_terms, plain_words
-from pyterrier_mech.perturb.statistics import CollectionStatistics, collection_statistics, idf
-
-
-@dataclass(frozen=True)
-class Axiom:
-    """Adds the terms that a subclass chooses in ``terms``, one space apart; without any, the text stays as it is.
-
-    Args:
-        statistics: Anything that ``collection_statistics`` takes; ``None`` for the simple tokeniser alone.
-        seed: Random seed.
-        location: Where the terms go, ``'end'`` or ``'start'`` of the document.
-    """
-
-    statistics: Any = None
-    seed: int = field(default=0, kw_only=True)
-    location: str = field(default='end', kw_only=True)
-
-    citation: ClassVar[str] = 'Fang, Tao and Zhai: A Formal Study of Information Retrieval Heuristics. SIGIR 2004.'
-    expected: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        """Checks the parameters and wraps the statistics, which are read at the first call.
-
-        Raises:
-            TypeError: If no statistics can be had from ``statistics``.
-            ValueError: If ``seed`` is not a whole number, or ``location`` is unknown.
-        """
-        if not isinstance(self.seed, Integral):
-            raise ValueError(f'seed={self.seed!r}: must be a whole number.')
-        if self.location not in ('end', 'start'):
-            raise ValueError(f"location={self.location!r}: must be 'end' or 'start'.")
-        if self.statistics is not None:
-            object.__setattr__(self, 'statistics', collection_statistics(self.statistics))
-
-    def terms(self, query: str, text: str) -> list[str]:
-        """Returns the words to add, none where the axiom does not apply."""
-        raise NotImplementedError(f'{type(self).__name__} must say which terms it adds.')
-
-    def __call__(self, query: str, text: str) -> str:
-        """Returns the document with the terms added."""
-        terms = ' '.join(self.terms(query, text))
-        if not terms:
-            return text
-        return f'{text} {terms}' if self.location == 'end' else f'{terms} {text}'
-
-    def agrees(self, change: float) -> bool:
-        """Returns whether a score change is what the axiom predicts."""
-        return change * self.expected > 0
-
-    def _pairs(self, text: str) -> list[tuple[str, str]]:
-        return plain_terms(text) if self.statistics is None else self.statistics.query_terms(text)
-
-    def _draw(self, words: Iterable[str], k: int, query: str, text: str) -> list[str]:
-        distinct, drawn = list(dict.fromkeys(words)), generator(int(self.seed), query, text)
-        return [distinct[int(drawn.random() * len(distinct))] for _ in range(k if distinct else 0)]
+from pyterrier_mech.perturb.base import (
+    FANG_2004,
+    Axiom,
+    CountedAxiom,
+    TextEdit,
+    check_choice,
+    check_count,
+    checked_words,
+)
+from pyterrier_mech.perturb.statistics import CollectionStatistics, idf
 
 
 @dataclass(frozen=True)
-class _Counted(Axiom):
-    """An axiom that adds ``k`` terms."""
+class _DrawnQueryTerm(CountedAxiom):
+    """An axiom that adds drawn terms of the query."""
 
-    k: int = 1
+    per: str = field(default='pair', kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checks the parameters, as ``Axiom`` does, and that ``k`` is at least 1."""
+        """Checks the parameters, as ``Axiom`` does, and ``per``."""
         super().__post_init__()
-        if not isinstance(self.k, Integral) or self.k < 1:
-            raise ValueError(f'k={self.k!r}: must be a whole number of at least 1.')
+        check_choice('per', self.per, ('pair', 'query'))
+
+    def _drawn(self, k: int, query: str, text: str) -> list[str]:
+        key = (query,) if self.per == 'query' else (query, text)
+        return self._draw((word for word, _ in self._pairs(query)), k, *key)
 
 
 @dataclass(frozen=True)
-class TFC1(_Counted):
+class TFC1(_DrawnQueryTerm):
     """TFC1: one more occurrence of a query term raises the score.
 
     The term is drawn evenly from the distinct query words that are not stop words, whether or not the collection
-    has them.
+    has them. The axiom speaks of documents of equal length: ``location='replace'`` keeps the number of words.
 
     Args:
         statistics: The collection, for its tokeniser and stop words; ``None`` for the simple tokeniser.
         k: Number of occurrences to add, each drawn anew; the first ``k - 1`` are those of ``k - 1``.
+        per: ``'pair'``: drawn for each query and text; ``'query'``: the same for all texts of a query, as in Chen,
+            Merullo and Eickhoff (SIGIR 2024).
         seed: Random seed.
-        location: ``'end'`` or ``'start'``.
+        location: ``'end'``, ``'start'``, ``'sentence'`` or ``'replace'``, see ``Axiom``.
     """
 
     def terms(self, query: str, text: str) -> list[str]:
         """Returns ``k`` drawn query words."""
-        return self._draw((word for word, _ in self._pairs(query)), self.k, query, text)
+        return self._drawn(self.k, query, text)
 
 
 @dataclass(frozen=True)
-class TFC2(_Counted):
+class TFC2(_DrawnQueryTerm):
     """TFC2: each further occurrence of a query term raises the score by less.
 
     The same term is added ``k`` times; it is the one that ``TFC1`` with the same seed adds first, for every ``k``, so
-    that ``TFC2(k=1)`` … ``TFC2(k=5)`` trace one curve per document. ``expected`` is the sign of the whole change;
-    that its steps shrink is read from the curve.
+    that ``TFC2(k=1)`` … ``TFC2(k=5)`` trace one curve per document. ``expected`` is the sign of the whole change; that
+    its steps shrink is read from the curve. ``versions`` are the document, the one with ``k`` and the one with ``2 k``
+    occurrences more, and the sum by ``weights`` is how much less the second step adds.
 
     Args:
         statistics: The collection, for its tokeniser and stop words; ``None`` for the simple tokeniser.
         k: Number of occurrences to add.
+        per: ``'pair'`` or ``'query'``, see ``TFC1``.
         seed: Random seed.
-        location: ``'end'`` or ``'start'``.
+        location: ``'end'``, ``'start'``, ``'sentence'`` or ``'replace'``, see ``Axiom``.
     """
+
+    weights: ClassVar[tuple[int, ...]] = (-1, 2, -1)
 
     def terms(self, query: str, text: str) -> list[str]:
         """Returns one drawn query word, ``k`` times."""
-        return self._draw((word for word, _ in self._pairs(query)), 1, query, text) * self.k
+        return self._drawn(1, query, text) * self.k
+
+    def versions(self, query: str, text: str) -> tuple[str, ...]:
+        """Returns the document, and with ``k`` and ``2 k`` occurrences more."""
+        once, twice = self(query, text), replace(self, k=2 * self.k)(query, text)
+        return (text, once, twice) if twice != text else (text, text, text)
+
+
+@dataclass(frozen=True)
+class TFLNC(CountedAxiom):
+    """TF-LNC: more occurrences of a query term raise the score, though the document grows by them.
+
+    As ``TFC1`` at the end of the text, but for terms that the document has already: one of them is drawn, and added
+    ``k`` times. Where the document has no query term, it stays as it is.
+
+    Args:
+        statistics: The collection, for its tokeniser and stop words; ``None`` for the simple tokeniser.
+        k: Number of occurrences to add, all of one term.
+        seed: Random seed.
+        location: ``'end'``, ``'start'`` or ``'sentence'``; with ``'replace'`` the document does not grow.
+    """
+
+    in_text: ClassVar[bool] = True
+
+    def terms(self, query: str, text: str) -> list[str]:
+        """Returns one drawn query word that the document has, ``k`` times."""
+        there = {term for _, term in self._pairs(text)}
+        return self._draw((word for word, term in self._pairs(query) if term in there), 1, query, text) * self.k
 
 
 @dataclass(frozen=True)
@@ -134,8 +121,8 @@ class TDC(Axiom):
 
     Args:
         statistics: The collection that gives document frequencies; required.
-        seed: Unused, nothing is drawn.
-        location: ``'end'`` or ``'start'``.
+        seed: Unused for the term; of the place, where ``location`` draws one.
+        location: ``'end'``, ``'start'``, ``'sentence'`` or ``'replace'``, see ``Axiom``.
     """
 
     def __post_init__(self) -> None:
@@ -152,7 +139,7 @@ class TDC(Axiom):
 
 
 @dataclass(frozen=True)
-class LNC1(_Counted):
+class LNC1(CountedAxiom):
     """LNC1: terms that are not in the query do not raise the score.
 
     ``expected`` is -1 for "not up": an unchanged score keeps the axiom too.
@@ -163,37 +150,48 @@ class LNC1(_Counted):
         k: Number of terms to add, each drawn anew.
         words: Words to draw from; ``None`` for the document's own words that are neither stop words nor in the query.
         seed: Random seed.
-        location: ``'end'`` or ``'start'``.
+        location: ``'end'``, ``'start'``, ``'sentence'`` or ``'replace'``, see ``Axiom``.
     """
 
     words: Sequence[str] | None = None
 
-    expected: ClassVar[int] = -1
+    expected: ClassVar[int | None] = -1
+    strict: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the parameters, as ``Axiom`` does, and stores ``words`` as a tuple."""
         super().__post_init__()
-        if self.words is None:
-            return
-        # A set is refused with the rest: its order, and so the draw, changes from process to process.
-        if isinstance(self.words, str) or not isinstance(self.words, Sequence):
-            raise ValueError(f'words={self.words!r}: give a list of words, or None for the words of the document.')
-        if not self.words or not all(isinstance(word, str) and word.strip() for word in self.words):
-            raise ValueError(f'words={self.words!r}: give at least one word and no empty ones, or None.')
-        object.__setattr__(self, 'words', tuple(self.words))
-
-    def agrees(self, change: float) -> bool:
-        """Returns whether the score did not rise."""
-        return change <= 0
+        if self.words is not None:
+            object.__setattr__(self, 'words', checked_words(self.words, 'the words of the document'))
 
     def terms(self, query: str, text: str) -> list[str]:
         """Returns ``k`` drawn words that are not in the query."""
-        candidates = self._pairs(text) if self.words is None else [(word, self._term(word)) for word in self.words]
-        # Stop words of the query are query words too, though no pair holds them.
-        in_query = {term for _, term in self._pairs(query)} | set(plain_words(query))
-        others = [word for word, term in candidates if word.lower() not in in_query and term not in in_query]
-        return self._draw(others, self.k, query, text)
+        pairs = self._pairs(text) if self.words is None else [(word, self._term(word)) for word in self.words]
+        return self._draw(self._not_in_query(query, pairs), self.k, query, text)
 
-    def _term(self, word: str) -> str:
-        pairs = self._pairs(word)
-        return pairs[0][1] if pairs else word.lower()
+
+@dataclass(frozen=True)
+class LNC2(TextEdit):
+    """LNC2: a document repeated ``k`` times, where it has a query term, does not score lower than once.
+
+    ``expected`` is 1 for "not down": an unchanged score keeps the axiom too. The copies stand one space apart.
+
+    Args:
+        k: How often the text stands in the result, at least 2.
+        seed: Unused, nothing is drawn.
+    """
+
+    k: int = 2
+
+    citation: ClassVar[str] = FANG_2004
+    expected: ClassVar[int | None] = 1
+    strict: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Checks the parameters, and that ``k`` is at least 2."""
+        super().__post_init__()
+        check_count('k', self.k, least=2)
+
+    def __call__(self, query: str, text: str) -> str:
+        """Returns the document ``k`` times."""
+        return ' '.join([text] * self.k) if text.strip() else text

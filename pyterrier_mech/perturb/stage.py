@@ -13,14 +13,17 @@ from typing import Any
 import pandas as pd
 
 from pyterrier_mech.frames import EDITED, check_not_rewritten, require, row_name, strings
+from pyterrier_mech.perturb.arguments import as_edit
 from pyterrier_mech.stage import Keeping, Stage, choice
+
+_ADDED, _BEFORE = 'term_added', 'term_before'
 
 
 class Perturbation:
     """A perturbation made from a function by ``perturbation``: equal if the function is, printed as its name."""
 
-    def __init__(self, function: Callable[[str, str], str]) -> None:
-        """Wraps a function ``(query, text) -> str`` and takes over its name and docstring."""
+    def __init__(self, function: Callable[..., str]) -> None:
+        """Wraps a function ``(query, text) -> str`` or ``(text) -> str``; takes over its name and docstring."""
         _check_callable(function)
         self.function = function
         functools.update_wrapper(self, function)
@@ -32,7 +35,7 @@ class Perturbation:
 
     def __call__(self, query: str, text: str) -> str:
         """Returns the perturbed text (or query)."""
-        return self.function(query, text)
+        return as_edit(self.function)(query, text)
 
     def __eq__(self, other: object) -> bool:
         """Compares the functions."""
@@ -54,8 +57,11 @@ class Perturbation:
         return self.name
 
 
-def perturbation(function: Callable[[str, str], str]) -> Perturbation:
-    """Makes a perturbation from a function ``(query, text) -> str``.
+def perturbation(function: Callable[..., str]) -> Perturbation:
+    """Makes a perturbation from a function ``(query, text) -> str`` or ``(text) -> str``.
+
+    Raises:
+        TypeError: If it cannot be called so, or its arguments are named in the other order, see ``Perturb``.
 
     Example:
         >>> @perturbation
@@ -80,21 +86,30 @@ class Perturb(Stage, Keeping):
     **Input columns**: ``qid``, ``docno``, ``query``, ``text``.
 
     **Output columns**: ``text`` perturbed and ``text_0`` original; with ``field='query'``, ``query`` and ``query_0``.
-    ``edited`` names the columns that were edited so far: ``'text'``, ``'query'`` or ``'query text'``.
+    ``edited`` names the columns that were edited so far: ``'text'``, ``'query'`` or ``'query text'``. Where the
+    perturbation says which terms it adds, as axioms do, also ``term_added`` (the terms, one space apart) and
+    ``term_before``: whether they were in the text before this edit, ``'yes'``, ``'no'`` or, of several, ``'some'``.
+    Both are missing values in rows to which nothing was added.
 
     Args:
-        perturbation: A callable ``(query, text) -> str``: an axiom, a decorated function, a lambda.
+        perturbation: A callable ``(query, text) -> str``: an axiom, a decorated function, a lambda. Or one with a
+            single argument: it gets the query if its argument is named like a query (``query``, ``q``, ``question``,
+            …), the text if it is named like a text (``text``, ``t``, ``doc``, ``passage``, …), else what is edited. A
+            function whose two arguments are named in the other order, ``(text, query)``, is refused and not called
+            with them exchanged: names decide whether, but only its author knows, and a silent exchange would make
+            the same code mean two things. Other names, as in ``(a, b)``, are called with query and text.
         field: What the result replaces, ``'text'`` or ``'query'``.
         text_field: The column that holds the text; the original goes to the same name with ``_0``.
 
     Raises:
-        TypeError: If the perturbation is not callable, or a class, or returns anything but a string.
-        ValueError: If ``field`` is neither, a query or text is missing, or another column has the name ``text_0`` or
-            ``edited``.
+        TypeError: If the perturbation is not callable, or a class, or has its arguments in the other order, or returns
+            anything but a string.
+        ValueError: If ``field`` is neither, a query or text is missing, or another column has the name ``text_0``,
+            ``edited``, ``term_added`` or ``term_before``.
         RuntimeError: If the perturbation raises; the message names the row, the cause is the original exception.
     """
 
-    perturbation: Callable[[str, str], str]
+    perturbation: Callable[..., str]
     _: KW_ONLY
     field: str = choice(('text', 'query'))
     text_field: str = 'text'
@@ -121,7 +136,9 @@ class Perturb(Stage, Keeping):
         column, before = ('query', queries) if self.field == 'query' else (self.text_field, texts)
         edited = _edited(inp)
         inp = _made_room(inp, column, edited)
-        perturbed = [self._perturbed(inp, row, query, text) for row, (query, text) in enumerate(zip(queries, texts))]
+        edit = as_edit(_plain(self.perturbation), self.field)
+        pairs = list(zip(queries, texts))
+        perturbed = [self._perturbed(edit, inp, row, query, text) for row, (query, text) in enumerate(pairs)]
         if rows := [row for row, pair in enumerate(zip(before, perturbed)) if pair[0] == pair[1]]:
             warnings.warn(
                 f'{self!r} left {len(rows)} of {len(inp)} rows unchanged, the first at {row_name(inp, rows[0])}: '
@@ -130,16 +147,37 @@ class Perturb(Stage, Keeping):
             )
         first = inp.get(f'{column}_0', inp[column])
         originals = [old if column in names else now for old, now, names in zip(first, before, edited)]
-        new = {
+        new: dict[str, list[Any]] = {
             column: perturbed,
             f'{column}_0': originals,
             EDITED: [' '.join(sorted({*names, column})) for names in edited],
+            **self._added(inp, queries, texts, perturbed),
         }
         return inp.assign(**{name: pd.Series(values, index=inp.index, dtype='str') for name, values in new.items()})
 
-    def _perturbed(self, inp: pd.DataFrame, row: int, query: str, text: str) -> str:
+    def _added(
+        self, inp: pd.DataFrame, queries: list[str], texts: list[str], perturbed: list[str]
+    ) -> dict[str, list[Any]]:
+        """Returns the columns about added terms, none where the perturbation does not say which."""
+        if self.field == 'query' or not all(hasattr(self.perturbation, name) for name in ('terms', 'has')):
+            return {}
+        if theirs := [name for name in (_ADDED, _BEFORE) if name in inp.columns and EDITED not in inp.columns]:
+            raise ValueError(
+                f'the frame has a column {theirs[0]!r} that Perturb did not write. '
+                f'Rename it: {_renamed(theirs[0], "my_" + theirs[0])}'
+            )
+        edit: Any = self.perturbation
+        added, before = [], []
+        for query, text, new in zip(queries, texts, perturbed):
+            terms = edit.terms(query, text) if new != text else []
+            there = {edit.has(text, term) for term in terms}
+            added.append(' '.join(terms) or None)
+            before.append('some' if len(there) > 1 else {True: 'yes', False: 'no'}[there.pop()] if there else None)
+        return {_ADDED: added, _BEFORE: before}
+
+    def _perturbed(self, edit: Callable[[str, str], str], inp: pd.DataFrame, row: int, query: str, text: str) -> str:
         try:
-            result = self.perturbation(query, text)
+            result = edit(query, text)
         except Exception as error:
             raise RuntimeError(f'{self!r} failed at {row_name(inp, row)}: {error!r}') from error
         if not isinstance(result, str):
@@ -195,6 +233,11 @@ def _check_callable(function: Any) -> None:
         )
     if not callable(function):
         raise TypeError(f'perturbation={function!r} is not callable: give a callable (query, text) -> str.')
+    as_edit(_plain(function))
+
+
+def _plain(function: Any) -> Any:
+    return function.function if isinstance(function, Perturbation) else function
 
 
 def _name(function: Callable[..., Any]) -> str:

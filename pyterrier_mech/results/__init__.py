@@ -1,7 +1,8 @@
 """What stages produce, aggregated over many rows and saved as PyTerrier Artifacts."""
 
+from pyterrier_mech.results.axiom_profile import AxiomProfile
 from pyterrier_mech.results.circuit import Circuit
 from pyterrier_mech.results.head_effects import HeadEffects
 from pyterrier_mech.results.neuron_effects import NeuronEffects
 
-__all__ = ['Circuit', 'HeadEffects', 'NeuronEffects']
+__all__ = ['AxiomProfile', 'Circuit', 'HeadEffects', 'NeuronEffects']

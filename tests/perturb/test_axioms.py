@@ -193,7 +193,7 @@ class TestBadParameters:
 
     @pytest.mark.parametrize('axiom', [TFC1, TFC2, LNC1])
     def test_location(self, axiom):
-        with pytest.raises(ValueError, match="location='middle': must be 'end' or 'start'"):
+        with pytest.raises(ValueError, match="location='middle': must be 'end', 'start', 'sentence' or 'replace'"):
             axiom(location='middle')
 
     @pytest.mark.parametrize('words', [[], '', 'tea', ['tea', ' '], ['tea', 3], {'tea', 'milk'}])
