@@ -6,7 +6,15 @@ Every analysis takes a PyTerrier frame and returns one:
 
 from pyterrier_mech import measures, plot, prune, stats
 from pyterrier_mech.attribute import AttributeHeads, AttributeNeurons, AttributeTokens
-from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
+from pyterrier_mech.circuits import (
+    AttentionPatterns,
+    AttentionShares,
+    compare_roles,
+    discover_circuit,
+    faithfulness,
+    head_roles,
+    head_shares,
+)
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
 from pyterrier_mech.prune import PrunedReranker
@@ -31,6 +39,7 @@ __all__ = [
     'perturbation',
     # analyses
     'AblateHeads',
+    'AttentionPatterns',
     'AttentionShares',
     'AttributeHeads',
     'AttributeNeurons',
@@ -42,9 +51,11 @@ __all__ = [
     'HeadEffects',
     'NeuronEffects',
     'Units',
+    'compare_roles',
     'discover_circuit',
     'faithfulness',
     'head_roles',
+    'head_shares',
     # rooms
     'measures',
     'plot',

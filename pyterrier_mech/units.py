@@ -2,7 +2,7 @@
 
 A site is a tensor that passes through a model: the head outputs of layer 3, the residual stream before layer 3. A unit
 is one entry of a site: a head or a neuron. `L3H7` is a head, `L3N120` a neuron; where a model has several stacks of
-layers, the stack stands first: `cross.L3H7`. Layers and units are counted from 0.
+layers, the stack stands first: `enc.L3H7`, `dec.L3H7`, `cross.L3H7`. Layers and units are counted from 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LETTERS = {HEADS: 'H', NEURONS: 'N'}
 KINDS = tuple(LETTERS)
 
 _KIND_OF = {letter: kind for kind, letter in LETTERS.items()}
-_NAME = re.compile(r'(?:([a-z]+)\.)?L(0|[1-9][0-9]*)([HN])(0|[1-9][0-9]*)')
+_NAME = re.compile(r'(?:(enc|dec|cross)\.)?L(0|[1-9][0-9]*)([HN])(0|[1-9][0-9]*)')
 _FORMS = "Write 'L3H7' for a head, 'L3N120' for a neuron, (3, 7) for a head; layers and units are counted from 0."
 
 
