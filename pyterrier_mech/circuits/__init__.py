@@ -1,7 +1,8 @@
 """From effects to a circuit: where heads look and the role that follows, discovery, and how faithful a circuit is.
 
-`AttentionPatterns`, `AttentionShares` and `head_roles` say where heads look; `discover_circuit` takes the strongest units out of `HeadEffects`
-and `NeuronEffects`; `faithfulness` measures, on other queries, how much of the effect the circuit carries.
+`AttentionPatterns`, `AttentionShares` and `head_roles` say where heads look; `discover_circuit` takes the strongest
+units out of `HeadEffects` and `NeuronEffects`; `faithfulness` measures, on other queries, how much of the effect the
+circuit carries.
 """
 
 from pyterrier_mech.circuits.attention import AttentionPatterns

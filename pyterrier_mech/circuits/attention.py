@@ -112,7 +112,7 @@ class AttentionPatterns(Keeping, ModelStage):
         matrices = [self._matrices(inputs, tower, side, heads) for side in sides]
         tokens = [_tokens(inputs, tower, side) for side in sides]
         types = [list(inputs.towers[tower].types(row, scheme=self.types)) for row in range(len(inputs))]
-        cells = [*[of_head for of_side in matrices for of_head in of_side], *tokens, types]
+        cells: list[list[Any]] = [*[of_head for of_side in matrices for of_head in of_side], *tokens, types]
         return dict(zip(self._names(tower, heads, two), cells, strict=True))
 
     def _matrices(self, inputs: Inputs, tower: int, side: str, heads: list[Unit]) -> list[list[np.ndarray]]:

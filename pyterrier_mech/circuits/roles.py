@@ -117,14 +117,15 @@ def compare_roles(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     if len(tables) < 2:
         raise ValueError(f'tables must have two collections or more; got {list(tables)}')
-    first, *others = tables.values()
+    first = next(iter(tables.values()))
     keys, limits = ['layer', 'head', 'name'], ['same_threshold', 'odds_threshold', 'special_threshold']
     for name, table in list(tables.items())[1:]:
         for columns, what in ((keys, 'heads'), (limits, 'thresholds')):
             if not table[columns].reset_index(drop=True).equals(first[columns].reset_index(drop=True)):
                 raise ValueError(f'{name!r} has other {what} than {next(iter(tables))!r}: make both tables alike')
-    columns = {f'{what}.{name}': table[what].to_numpy() for what in ('role', 'stability') for name, table in tables.items()}
-    res = first[keys].reset_index(drop=True).assign(**columns)
+    res = first[keys].reset_index(drop=True)
+    for what in ('role', 'stability'):
+        res = res.assign(**{f'{what}.{name}': table[what].to_numpy() for name, table in tables.items()})
     n_roles = res[[f'role.{name}' for name in tables]].nunique(axis=1)
     return res.assign(n_roles=n_roles, agrees=n_roles == 1)
 
@@ -214,7 +215,9 @@ def _flows(frame: pd.DataFrame, tower: str | None) -> list[str]:
     """Returns the flows that a frame has of a tower."""
     if tower is None and (apart := [side for side in _TOWERS if named(SHARE + 'to_cls', side) in frame.columns]):
         if SHARE + 'to_cls' not in frame.columns:
-            raise ValueError(f"these are the shares of a bi-encoder, which reads two sequences: give tower={apart[-1]!r}")
+            raise ValueError(
+                f'these are the shares of a bi-encoder, which reads two sequences: give tower={apart[-1]!r}'
+            )
     here = {flow for flow in WORD_FLOWS if tower is None or named(SHARE + flow, tower) in frame.columns}
     flows = [flow for flow in FLOWS if flow not in WORD_FLOWS or flow in here]
     parts = [f'{flow}.same_word' for flow in flows if flow in WORD_FLOWS]
@@ -253,7 +256,7 @@ def _measures(sums: dict[str, np.ndarray]) -> _Measures:
     def wide(values: np.ndarray) -> np.ndarray:
         return np.asarray(values)[..., None, None]
 
-    odds = {}
+    odds: dict[str, np.ndarray] = {}
     with np.errstate(divide='ignore', invalid='ignore'):
         for source in ('query', 'document'):
             to_query, to_document = f'{source}_to_query', f'{source}_to_document'

@@ -145,7 +145,7 @@ class _Layout(Protocol):
     tower: int
     side: str
     rows: np.ndarray
-    flows: Sequence[str]
+    flows: list[str]
 
     def places(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns which positions belong to each group [groups, tokens], and parts of the pairs of positions.
@@ -202,7 +202,7 @@ class _Everything:
 
     def scalars(self) -> dict[str, np.ndarray]:
         """The same of even attention, and how many tokens stand elsewhere too."""
-        repeated = np.asarray([self.places(row)[1][0].any(-1).mean() for row in self.rows])
+        repeated = np.asarray([self.places(row)[1][0].any(-1).mean() for row in self.rows.tolist()])
         return {**_even(self), REPEATED: repeated}
 
 
@@ -245,7 +245,7 @@ class _Edits:
 def _even(layout: _Layout) -> dict[str, np.ndarray]:
     """Returns the shares of even attention of all rows, NaN where a row is not read."""
     found = {EXPECTED + flow: np.full(len(layout.inputs), np.nan) for flow in layout.flows}
-    for row in layout.rows:
+    for row in layout.rows.tolist():
         members, same = (torch.from_numpy(part)[None] for part in layout.places(row))
         length = members.shape[-1]
         weights = torch.full((1, 1, length, length), 1 / int(members.sum()), dtype=torch.float64)
