@@ -55,8 +55,9 @@ def measured(model, frame: pd.DataFrame, flows: dict[str, str], tower: str | Non
     print(f'roles: {roles["n"][0]} pairs of {roles["n_queries"][0]} queries; thresholds: {limits}')
     table = roles[['name', 'role', 'stability', 'same_token']]
     for name, there in EFFECTS.items():
-        effects = HeadEffects.from_frame(patched[patched['there'] == there])
-        print(f'{name}: {effects.n} pairs of {effects.n_queries} queries')
+        rows = patched[patched['there'] == there]
+        effects = HeadEffects.from_frame(rows)
+        print(f'{name}: {(rows["patchable"] == "yes").sum()} pairs; the word is {"" if there else "not "}there already')
         found = effects.to_frame().rename(columns=lambda column: column.replace('ratio', name))
         table = table.merge(found[['name', name, f'{name}_low', f'{name}_high']], on='name')
     for name, flow in flows.items():

@@ -50,9 +50,9 @@ class AttentionShares(Keeping, ModelStage):
     `to_sep`, `special_to_words`. The ranking is kept.
 
     *Parts of flows*, in the same two columns: `{flow}.same_word` is what a flow between words gives to the same word
-    at another place, and `{flow}.same_piece` what it gives to the same word piece of another word; `to_sep.first` and
-    `to_sep.last` are the last separator and all others. `repeated` is the share of the tokens whose word stands
-    elsewhere too: these can give mass to it. Words are whole, in lower case, without punctuation.
+    at another place, and `{flow}.same_piece` what it gives to the same word piece, in whichever other word;
+    `to_sep.first` are all separators but the last, which is `to_sep.last`. `repeated` is the share of the tokens whose
+    word stands elsewhere too: these can give mass to it. Words are whole, in lower case, without punctuation.
 
     *What an edit has put in.* Where the frame has two versions of a text, the perturbed one is read, and further flows
     are shares of the mass of their own source: `injected_to_{type}` divides the mass of the tokens that the edit put
