@@ -25,7 +25,8 @@ from pyterrier_mech import (
     head_shares,
 )
 
-EFFECTS = {'effect, new': False, 'effect, there': True}
+# Of pairs whose passage has not, or has, the word already. There the score hardly changes, so there is no ratio.
+EFFECTS = {'new: share of change': ('ratio', False), 'there: score': ('mean', True)}
 
 
 def pairs(folder: Path, topics: int, passages: int, seed: int) -> pd.DataFrame:
@@ -43,8 +44,9 @@ def pairs(folder: Path, topics: int, passages: int, seed: int) -> pd.DataFrame:
 
 
 def with_interval(table: pd.DataFrame, column: str) -> pd.Series:
+    form = '{:.3f} [{:.3f}, {:.3f}]' if 'score' in column else '{:.2f} [{:.2f}, {:.2f}]'
     ends = zip(table[column], table[f'{column}_low'], table[f'{column}_high'], strict=True)
-    return pd.Series([f'{value:.2f} [{low:.2f}, {high:.2f}]' for value, low, high in ends], index=table.index)
+    return pd.Series([form.format(*row) for row in ends], index=table.index)
 
 
 def measured(model, frame: pd.DataFrame, flows: dict[str, str], tower: str | None) -> pd.DataFrame:
@@ -54,11 +56,12 @@ def measured(model, frame: pd.DataFrame, flows: dict[str, str], tower: str | Non
     limits = ', '.join(f'{name} {roles[f"{name}_threshold"][0]:g}' for name in ('same', 'odds', 'special'))
     print(f'roles: {roles["n"][0]} pairs of {roles["n_queries"][0]} queries; thresholds: {limits}')
     table = roles[['name', 'role', 'stability', 'same_token']]
-    for name, there in EFFECTS.items():
-        rows = patched[patched['there'] == there]
-        effects = HeadEffects.from_frame(rows)
-        print(f'{name}: {(rows["patchable"] == "yes").sum()} pairs; the word is {"" if there else "not "}there already')
-        found = effects.to_frame().rename(columns=lambda column: column.replace('ratio', name))
+    for name, (column, there) in EFFECTS.items():
+        rows = patched[(patched['there'] == there) & (patched['patchable'] == 'yes')]
+        change = (rows['score_perturbed'] - rows['score_original']).mean()
+        print(f'{name}: {len(rows)} pairs; the score changes by {change:.3f} in the mean')
+        found = HeadEffects.from_frame(rows).to_frame()
+        found = found.rename(columns={f'{column}{end}': f'{name}{end}' for end in ('', '_low', '_high')})
         table = table.merge(found[['name', name, f'{name}_low', f'{name}_high']], on='name')
     for name, flow in flows.items():
         found = head_shares(shares, flow, tower=tower).rename(columns=lambda column: column.replace('share', name))
@@ -69,8 +72,9 @@ def measured(model, frame: pd.DataFrame, flows: dict[str, str], tower: str | Non
 
 def shown(table: pd.DataFrame, flows: dict[str, str], strongest: int) -> None:
     """Prints the strongest heads, and where roles and effects disagree."""
-    size = table[list(EFFECTS)].abs().max(axis=1)
-    best = table.loc[(size + (table['role'] == 'same-token')).sort_values(ascending=False).index].head(strongest)
+    ranks = table[list(EFFECTS)].abs().rank(ascending=False)
+    first = ranks.min(axis=1).where(table['role'] != 'same-token', 0)
+    best = table.loc[first.sort_values(kind='stable').index].head(strongest)
     columns = {'head': best['name'], 'role': best['role'], 'stability': best['stability'].round(2)}
     columns |= {name: with_interval(best, name) for name in [*EFFECTS, *flows]}
     print('\n' + pd.DataFrame(columns).to_string(index=False) + '\n')
@@ -80,7 +84,7 @@ def shown(table: pd.DataFrame, flows: dict[str, str], strongest: int) -> None:
         for what, rows in {
             'same-token, the interval excludes 0': same & certain,
             'same-token, it does not': same & ~certain,
-            'another role, it excludes 0, and .1 or more': ~same & certain & (table[name].abs() >= 0.1),
+            'another role, it excludes 0, among the five largest': ~same & certain & (ranks[name] <= 5),
         }.items():
             print(f'{name}: {what}: {", ".join(table.loc[rows, "name"]) or "none"}')
         for flow in flows:
