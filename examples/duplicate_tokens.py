@@ -55,7 +55,10 @@ def measured(model, frame: pd.DataFrame, flows: dict[str, str], tower: str | Non
     roles = head_roles(shares, tower=tower)
     limits = ', '.join(f'{name} {roles[f"{name}_threshold"][0]:g}' for name in ('same', 'odds', 'special'))
     print(f'roles: {roles["n"][0]} pairs of {roles["n_queries"][0]} queries; thresholds: {limits}')
-    table = roles[['name', 'role', 'stability', 'same_token']]
+    most = roles.nlargest(4, 'same_token')
+    listed = ', '.join(f'{name} {share:.2f}' for name, share in zip(most['name'], most['same_token'], strict=True))
+    print(f'of the mass of repeated words, to the same word elsewhere: {listed}')
+    table = roles[['name', 'role', 'stability']]
     for name, (column, there) in EFFECTS.items():
         rows = patched[(patched['there'] == there) & (patched['patchable'] == 'yes')]
         change = (rows['score_perturbed'] - rows['score_original']).mean()
