@@ -48,10 +48,11 @@ def head_roles(
     """Names the role of every head from where it looks, over all rows of a frame.
 
     Shares are means over rows. First, what a word gives to itself at another place: of the mass of all tokens whose
-    word stands elsewhere too, a 'same-token' head gives the share `same` or more to these places (a duplicate-token
-    head). Of any other, a head that gives the share `special` or more of its mass to CLS and separators is
-    'special-token'. Of the rest, what query words give to words is divided into query and document, and so is what
-    document words give; a flow is above expectation where its odds are `odds` times those of attention spread evenly.
+    word stands elsewhere too, a 'same-token' head (a duplicate-token head) gives the share `same` or more to these
+    places, and that share has `odds` times the odds of even attention. Of any other, a head that gives the share
+    `special` or more of its mass to CLS and separators is 'special-token'. Of the rest, what query words give to words
+    is divided into query and document, and so is what document words give; a flow is above expectation where its odds
+    are `odds` times those of attention spread evenly.
 
     - 'query-focused': query to query is above, and document to query may be;
     - 'document-focused': document to document is above, and query to document may be;
@@ -282,7 +283,10 @@ def _roles(measures: _Measures, limits: _Limits) -> np.ndarray:
         flows = frozenset(flow for bit, flow in enumerate(measures.odds) if mask >> bit & 1)
         of_above.append(ROLES.index(_ROLE_OF.get(flows, 'mixed')))
     roles = np.where(measures.special >= limits.special, ROLES.index('special-token'), np.asarray(of_above)[above])
-    return np.where(measures.same >= limits.same, ROLES.index(SAME_TOKEN), roles)
+    # Where a text repeats one word, even attention goes to the same word.
+    same, even = measures.same, np.asarray(measures.same_even)[..., None, None]
+    beyond = same * (1 - even) >= limits.odds * even * (1 - same)
+    return np.where((same >= limits.same) & beyond, ROLES.index(SAME_TOKEN), roles)
 
 
 def _stability(sums: dict[str, np.ndarray], limits: _Limits, n_resamples: int, seed: int) -> np.ndarray:

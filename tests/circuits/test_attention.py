@@ -294,6 +294,12 @@ def test_a_head_that_looks_at_the_same_token_is_named():
     assert row['role'] != 'same-token' and np.isnan(row['same_token']) and row['n_repeated'] == 0
 
 
+def test_even_attention_to_one_repeated_word_is_no_role():
+    frame = frame_of(2).assign(query='bread', text='rust ' * 30)
+    table = head_roles(AttentionShares(copying(0.0))(frame))
+    assert (table['same_token'] > 0.8).all() and (table['role'] != 'same-token').all()
+
+
 def shares_frame(rows):
     """One head; rows of (qid, share of the same word)."""
     flows = ['to_cls', 'to_sep', 'special_to_words', *WORD_FLOWS, *(f'{flow}.same_word' for flow in WORD_FLOWS)]
@@ -302,7 +308,8 @@ def shares_frame(rows):
         row = {'qid': qid, 'repeated': 0.5}
         for flow in flows:
             value = same if flow == 'document_to_query.same_word' else 0.25 if flow in WORD_FLOWS else 0.0
-            row |= {f'attention.{flow}': np.array([[value]]), f'expected.{flow}': 0.25}
+            even = 0.0 if flow.endswith('word') else 0.25
+            row |= {f'attention.{flow}': np.array([[value]]), f'expected.{flow}': even}
         table.append(row)
     return pd.DataFrame(table)
 
