@@ -13,7 +13,15 @@ from pyterrier_mech.attribute import (
     AttributePaths,
     AttributeTokens,
 )
-from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
+from pyterrier_mech.circuits import (
+    AttentionPatterns,
+    AttentionShares,
+    compare_roles,
+    discover_circuit,
+    faithfulness,
+    head_roles,
+    head_shares,
+)
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
 from pyterrier_mech.perturb import (
     LNC1,
@@ -58,6 +66,7 @@ __all__ = [
     # analyses
     'AblateHeads',
     'Activations',
+    'AttentionPatterns',
     'AttentionShares',
     'AttributeHeads',
     'AttributeLayers',
@@ -73,9 +82,11 @@ __all__ = [
     'HeadEffects',
     'NeuronEffects',
     'Units',
+    'compare_roles',
     'discover_circuit',
     'faithfulness',
     'head_roles',
+    'head_shares',
     # rooms
     'measures',
     'plot',

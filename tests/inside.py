@@ -19,7 +19,7 @@ from pyterrier_mech.anatomy.resizing import keep_units  # noqa: F401
 from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
-from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
+from pyterrier_mech.circuits.shares import FLOWS  # noqa: F401
 from pyterrier_mech.evaluation import comparison
 from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes  # noqa: F401
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401

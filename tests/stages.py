@@ -9,6 +9,7 @@ from pyterrier_mech import (
     AblatedReranker,
     AblateHeads,
     Activations,
+    AttentionPatterns,
     AttentionShares,
     AttributeHeads,
     AttributeLayers,
@@ -121,6 +122,10 @@ STAGES = {
         True,
     ),
     'AttentionShares': (lambda model, **settings: AttentionShares(cross(model), **settings), plain, True),
+    'AttentionShares of a bi-encoder': (lambda model, **settings: AttentionShares(bi(model), **settings), plain, True),
+    'AttentionPatterns': (
+        lambda model, heads=UNITS[:2], **settings: AttentionPatterns(cross(model), heads, **settings), plain, True
+    ),
     'PrunedReranker': (pruned, plain, False),
 }  # fmt: skip
 # The setting that names units, and whether neurons may be among them.
@@ -132,10 +137,13 @@ WITH_UNITS = {
     'PatchedReranker': ('units', True),
     'AttributeHeads by patching': ('heads', False),
     'AttributeHeads by gradient': ('heads', False),
+    'AttentionPatterns': ('heads', False),
     'PrunedReranker': ('protect', True),
 }
 # These compute with the parts of the layers, and refuse a module with hooks.
-UNHOOKABLE = ['AttributeHeads by RelP', 'AttentionShares']
+UNHOOKABLE = [
+    'AttributeHeads by RelP', 'AttentionShares', 'AttentionShares of a bi-encoder', 'AttentionPatterns'
+]  # fmt: skip
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Colours that also differ for the colour-blind (Okabe and Ito), with a marker each for print without colour.
 _STYLES = {
+    'same-token': ('#d55e00', 'P'),
     'query-focused': ('#0072b2', 'o'),
     'document-focused': ('#e69f00', 's'),
     'matching': ('#009e73', 'D'),
