@@ -11,7 +11,7 @@ from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, 
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
 from pyterrier_mech.prune import PrunedReranker
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
-from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
+from pyterrier_mech.results import Circuit, HeadEffects, LayerEffects, NeuronEffects, PathEffects
 from pyterrier_mech.units import Units
 
 __version__ = '0.1.0'
@@ -40,7 +40,9 @@ __all__ = [
     # results
     'Circuit',
     'HeadEffects',
+    'LayerEffects',
     'NeuronEffects',
+    'PathEffects',
     'Units',
     'discover_circuit',
     'faithfulness',

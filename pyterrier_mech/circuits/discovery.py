@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects
-from pyterrier_mech.results._aggregate import KEYS
+from pyterrier_mech.results.head_effects import KEYS
 
 
 def discover_circuit(
