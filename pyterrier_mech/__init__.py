@@ -12,6 +12,7 @@ from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
 from pyterrier_mech.prune import PrunedReranker
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
 from pyterrier_mech.results import Circuit, HeadEffects, LayerEffects, NeuronEffects, PathEffects
+from pyterrier_mech.tables import read_frame, write_frame
 from pyterrier_mech.units import Units
 
 __version__ = '0.1.0'
@@ -47,6 +48,8 @@ __all__ = [
     'discover_circuit',
     'faithfulness',
     'head_roles',
+    'read_frame',
+    'write_frame',
     # rooms
     'measures',
     'plot',

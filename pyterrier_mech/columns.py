@@ -74,6 +74,23 @@ class Path(NamedTuple):
         """The heads at both ends; None for the score."""
         return parse(self.sender), None if self.receiver == SCORE else parse(self.receiver.rpartition('.')[0])
 
+    @property
+    def heads(self) -> set[str]:
+        """The names of the heads at its ends."""
+        return {unit.name for unit in self.ends if unit is not None}
+
+
+def path_of(name: str) -> Path:
+    """Returns the path of a name.
+
+    Raises:
+        ValueError: If it names no path.
+    """
+    match = _PATH.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(f"{name!r} does not name a path: write 'L0H4>score' or 'L1H1>L2H9.k'")
+    return Path(*match.groups())
+
 
 def places(frame: pd.DataFrame) -> list[Place]:
     """Returns the places that have a column in a frame, in the order of the columns."""

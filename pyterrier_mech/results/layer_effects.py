@@ -58,8 +58,9 @@ class LayerEffects(Effects):
 
     @classmethod
     def _reading(cls, frame: pd.DataFrame) -> Reading:
-        found = [place for place in places(frame) if place.unit is None or place.type or has_arrays(frame, place.column)]
-        if not found and places(frame):
+        there = places(frame)
+        found = [place for place in there if place.unit is None or _way(frame, place) != ALL]
+        if there and not found:
             raise ValueError('The heads of this frame were patched as a whole: use HeadEffects.from_frame(frame).')
         if len(ways := sorted({_way(frame, place) for place in found})) > 1:
             raise ValueError(f'The columns of the frame were made in several ways ({", ".join(ways)}): keep one.')
