@@ -109,7 +109,7 @@ def named_axes(ax: Axes, rows: Sequence[str], columns: Sequence[str], size: floa
     """Labels a map of cells that are one wide: rows from the top, columns below, upright where names are long."""
     ax.set_xlim(0, len(columns))
     ax.set_ylim(len(rows), 0)
-    upright = {'rotation': 90} if max(map(len, columns), default=0) > 2 else {}
+    upright: dict[str, Any] = {'rotation': 90} if max(map(len, columns), default=0) > 2 else {}
     ax.set_xticks(np.arange(len(columns)) + 0.5, list(columns), **upright)
     ax.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
     ax.tick_params(length=0, labelsize=size, pad=2)

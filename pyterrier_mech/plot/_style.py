@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 MINUS = '\N{MINUS SIGN}'
 _LEGEND: dict[str, Any] = {'frameon': False, 'borderpad': 0, 'handletextpad': 0.5, 'columnspacing': 1.5}
@@ -40,6 +40,14 @@ def require_matplotlib() -> type[Figure]:
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """Returns the axes to draw on: `ax`, or those of a new figure."""
     return new_figure(size).subplots() if ax is None else ax
+
+
+def panels(
+    figure: Figure | SubFigure | None, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> np.ndarray:
+    """Returns the axes [rows, columns] of a figure of several panels, in `figure` or in a new one."""
+    where = new_figure(size) if figure is None else figure
+    return where.subplots(rows, columns, squeeze=False, **options)
 
 
 def grid_size(n_layers: int, n_heads: int) -> tuple[float, float]:
@@ -109,11 +117,25 @@ def finish(ax: Axes, title: str | None, *beside: Axes) -> Figure:
     Returns:
         Their figure.
     """
+    if title is not None:
+        ax.set_title(title, fontsize=10)
+    return literal(ax, *beside)
+
+
+def finish_panels(axes: np.ndarray, title: str | None, *beside: Axes) -> Figure:
+    """Puts a title above all panels, if there is one, and makes every text literal. See `finish`."""
+    first, *others = axes.flat
+    if title is not None:
+        heading = first.figure.suptitle(title, fontsize=10)
+        heading.set_parse_math(False)
+    return literal(first, *others, *beside)
+
+
+def literal(ax: Axes, *beside: Axes) -> Figure:
+    """Makes every text of axes literal, and returns their figure."""
     from matplotlib.text import Text
     from matplotlib.ticker import ScalarFormatter
 
-    if title is not None:
-        ax.set_title(title, fontsize=10)
     for part in (ax, *beside):
         for formatter in (part.xaxis.get_major_formatter(), part.yaxis.get_major_formatter()):
             if isinstance(formatter, ScalarFormatter):
