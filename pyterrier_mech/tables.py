@@ -34,7 +34,7 @@ def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
     """Writes a frame to a Parquet file, from which `read_frame` gives it back to the bit.
 
     A cell may hold what pandas stores by itself, a NumPy array of numbers or booleans, of any shape, a list or tuple of
-    strings or of numbers, or None. Index and `attrs` are kept. The file appears when it is complete, and replaces
+    strings or of numbers, or None. Index and `attrs` are kept; without rows, categories are not. The file appears when it is complete, and replaces
     another of its name.
 
     Args:
@@ -119,8 +119,9 @@ def _stored(name: str, cells: list[Any]) -> tuple[dict[str, Any], Any]:
     if _NAN in kinds and (_SCALAR, 'float') not in kinds:
         gaps = [row for row, kind in enumerate(found) if kind == _NAN]
         cells = [None if kind == _NAN else cell for cell, kind in zip(cells, found, strict=True)]
-    several = set(kinds) - {_NAN}
-    several -= {(kind, '') for kind in (_LIST, _TUPLE) if any(other[0] == kind and other[1] for other in several)}
+    # An empty list is one of strings and of numbers.
+    filled = {kind for kind, of in kinds if of}
+    several = [(kind, of) for kind, of in kinds if kind != 'nan' and (of or kind not in filled)]
     bad = next((cell for cell, kind in zip(cells, found, strict=True) if kind == _OTHER), None)
     if len(several) > 1 or bad is not None:
         what = f'{type(bad).__name__} {bad!r:.60}' if bad is not None else ' and '.join(map(' of '.join, several))

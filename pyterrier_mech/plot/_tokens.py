@@ -23,9 +23,9 @@ def shown(size: np.ndarray, most: int) -> np.ndarray:
 def dividers(ax: Axes, kept: np.ndarray, both: bool = False) -> None:
     """Draws a dotted line where positions are left out, of the columns, or of rows too."""
     for place in (np.flatnonzero(np.diff(kept) > 1) + 1).tolist():
-        ax.axvline(place, color='#404040', linewidth=0.6, linestyle=':')
+        ax.axvline(place, color='#8a8a8a', linewidth=0.6, linestyle=':')
         if both:
-            ax.axhline(place, color='#404040', linewidth=0.6, linestyle=':')
+            ax.axhline(place, color='#8a8a8a', linewidth=0.6, linestyle=':')
 
 
 def token_ticks(ax: Axes, side: str, tokens: Sequence[str], kinds: Sequence[str] = ()) -> None:

@@ -65,9 +65,9 @@ def attention(
             token_ticks(ax, side, [tokens[i] for i in places], kinds)
         dividers(ax, places, both=True)
         ax.set_title(name, fontsize=9)
+        ax.set_xlabel('to', fontsize=9)
     axes[0, 0].set_ylabel('from', fontsize=9)
-    axes[0, -1].set_xlabel('to', fontsize=9)
-    bar = colour_bar(mesh, list(axes[0]), f'attention of {head}', aspect=25)
+    bar = colour_bar(mesh, list(axes[0]), f'attention of {head}', aspect=25, shrink=0.8)
     return _style.finish_panels(axes, title, bar)
 
 

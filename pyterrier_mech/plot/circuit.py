@@ -128,10 +128,10 @@ def _arrows(ax: Axes, circuit: Circuit, most: int, n_layers: int, width: int) ->
         if inputs:
             where = [a + 0.68 * (b - a) for a, b in zip(start, end, strict=True)]
             box = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6, 'alpha': 0.85}
-            ax.text(*where, ' '.join(sorted(inputs)), fontsize=6.5, ha='center', va='center', bbox=box)
+            ax.text(where[0], where[1], ' '.join(sorted(inputs)), fontsize=6.5, ha='center', va='center', bbox=box)
     if any(receiver is None for _, receiver in joined):
         box = {'facecolor': '#fafafa', 'edgecolor': '#808080', 'linewidth': 0.6, 'boxstyle': 'round,pad=0.3'}
-        ax.text(*score, 'score', fontsize=8, ha='center', va='center', bbox=box)
+        ax.text(score[0], score[1], 'score', fontsize=8, ha='center', va='center', bbox=box)
         ax.set_ylim(n_layers + 1.15, 0)
         ax.tick_params(axis='x', pad=1)
 

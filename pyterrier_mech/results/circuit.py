@@ -160,7 +160,7 @@ class Circuit(SavedResult):
             return cls.of_tables(**tables, settings=values['settings'], qids=values['qids'])
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f'give what Circuit.to_json() returned, or its file; got {text[:60]!r} ({error!r})'
+                f'Give what Circuit.to_json() returned, or its file; got {text[:60]!r} ({error!r})'
             ) from error
 
     def __len__(self) -> int:
