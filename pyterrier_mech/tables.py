@@ -34,8 +34,8 @@ def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
     """Writes a frame to a Parquet file, from which `read_frame` gives it back to the bit.
 
     A cell may hold what pandas stores by itself, a NumPy array of numbers or booleans, of any shape, a list or tuple of
-    strings or of numbers, or None. Index and `attrs` are kept; without rows, categories are not. The file appears when it is complete, and replaces
-    another of its name.
+    strings or of numbers, or None. Index and `attrs` are kept; the categories of a frame without rows are not. The file
+    appears when it is complete, and replaces another of its name.
 
     Args:
         frame: The frame, e.g. of a stage.

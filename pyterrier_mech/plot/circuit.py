@@ -105,7 +105,7 @@ def _head_counts(circuit: Circuit, given: Sequence[int] | None) -> list[int]:
 
 def _arrows(ax: Axes, circuit: Circuit, most: int, n_layers: int, width: int) -> None:
     """Draws the edges, and the score below the grid where there are any."""
-    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.patches import FancyArrowPatch, Rectangle
 
     edges = circuit.edges.head(max(most, 0))
     if not len(edges):
@@ -115,25 +115,25 @@ def _arrows(ax: Axes, circuit: Circuit, most: int, n_layers: int, width: int) ->
         path = path_of(name)
         first, inputs = joined.setdefault(path.ends, (effect, []))
         inputs += [path.receiver.rpartition('.')[2]] if path.ends[1] is not None else []
-    score = (width / 2, n_layers + 0.75)
     largest = max(abs(effect) for effect, _ in joined.values()) or 1.0
     for (sender, receiver), (effect, inputs) in joined.items():
         start = (sender.index + 0.5, sender.site.layer + 0.5)
-        end = score if receiver is None else (receiver.index + 0.5, receiver.site.layer + 0.5)
+        end = (start[0], n_layers + 0.45) if receiver is None else (receiver.index + 0.5, receiver.site.layer + 0.5)
         looks: Any = {'color': _DOWN if effect < 0 else _UP, 'linestyle': '--' if effect < 0 else '-', 'alpha': 0.75}
-        looks |= {'linewidth': 0.5 + 2 * abs(effect) / largest, 'shrinkA': 5, 'shrinkB': 8 if receiver is None else 6}
-        curve = 'arc3,rad=0.12' if start[0] <= end[0] else 'arc3,rad=-0.12'
-        arrow = FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=7, connectionstyle=curve, **looks)
-        ax.add_patch(arrow)
+        looks |= {'linewidth': 0.5 + 2 * abs(effect) / largest, 'shrinkA': 5, 'shrinkB': 0 if receiver is None else 6}
+        # Curved a little, or arrows within a column would run through the heads between.
+        bend = 0.15 if start[0] == end[0] and end[1] - start[1] > 1.5 else 0.08
+        curve = f'arc3,rad={bend if start[0] <= end[0] else -bend}'
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=7, connectionstyle=curve, **looks))
         if inputs:
-            where = [a + 0.68 * (b - a) for a, b in zip(start, end, strict=True)]
+            x, y = (a + 0.85 * (b - a) for a, b in zip(start, end, strict=True))
             box = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6, 'alpha': 0.85}
-            ax.text(where[0], where[1], ' '.join(sorted(inputs)), fontsize=6.5, ha='center', va='center', bbox=box)
+            ax.text(x, y, ' '.join(sorted(inputs)), fontsize=6.5, ha='center', va='center', bbox=box)
     if any(receiver is None for _, receiver in joined):
-        box = {'facecolor': '#fafafa', 'edgecolor': '#808080', 'linewidth': 0.6, 'boxstyle': 'round,pad=0.3'}
-        ax.text(score[0], score[1], 'score', fontsize=8, ha='center', va='center', bbox=box)
+        bar = Rectangle((0, n_layers + 0.45), width, 0.6, facecolor='#ececec', edgecolor='#808080', linewidth=0.6)
+        ax.add_patch(bar)
+        ax.text(width / 2, n_layers + 0.75, 'score', fontsize=8, ha='center', va='center')
         ax.set_ylim(n_layers + 1.15, 0)
-        ax.tick_params(axis='x', pad=1)
 
 
 def _areas(effect: np.ndarray, largest: float) -> np.ndarray:

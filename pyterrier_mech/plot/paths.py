@@ -23,6 +23,7 @@ from pyterrier_mech.plot._cells import (
 )
 from pyterrier_mech.plot.heads import head_map
 from pyterrier_mech.results import PathEffects
+from pyterrier_mech.units import parse
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,13 +45,14 @@ def paths(
     """Draws effects of paths: of one receiver in the grid of its senders, of several as senders by receivers.
 
     With one receiver, layers are rows and heads are columns, as in `plot.heads`. With several, receivers are rows and
-    senders are columns, those with the largest numbers, in the order of the model. Blue is positive, and colours are
+    senders are columns, those with the largest numbers, in the order of the model; the score, to which all heads send,
+    has a grid of its own: ``receiver='score'``. Blue is positive, and colours are
     symmetric around 0. A dot marks a path whose interval excludes 0. Hatched cells have no data: there is no such path.
 
     Args:
         effects: The effects, or the frame of a ``PatchPaths`` stage, which is aggregated with the defaults of
             `PathEffects.from_frame`.
-        receiver: The receiver of the grid, 'score' or e.g. 'L2H9.k'; by default all receivers.
+        receiver: The receiver of the grid, 'score' or e.g. 'L2H9.k'; by default all heads that receive.
         column: 'ratio' or 'mean'.
         stack: Which stack of layers the senders of the grid are of, where the model has several.
         n_senders: How many senders are drawn at most where there are several receivers.
@@ -81,18 +83,18 @@ def paths(
         title = f'to {"the score" if receiver == SCORE else receiver}' if title is None else title
         return head_map(value, low, high, label, effects.confidence, ax=ax, title=title, annotate=annotate)
     table = effects.to_frame()
+    table = table[table['receiver'] != SCORE]
     check_some(table[column].to_numpy(), column, 'path')
-    order = {end: list(dict.fromkeys(table[end])) for end in ('sender', 'receiver')}
-    order['sender'] = list(dict.fromkeys(table.sort_values('receiver', key=lambda names: names != SCORE)['sender']))
-    kept = {end: _largest(table, end, column, most) for end, most in (('sender', n_senders), ('receiver', n_receivers))}
-    senders, receivers = ([name for name in order[end] if name in kept[end]] for end in ('sender', 'receiver'))
+    senders = sorted(_largest(table, 'sender', column, n_senders), key=parse)
+    kept = _largest(table, 'receiver', column, n_receivers)
+    receivers = [name for name in effects.receivers if name in kept]
     matrix, low, high = (
         table.pivot(index='receiver', columns='sender', values=name)
         .reindex(index=receivers, columns=senders)
         .to_numpy()
         for name in names
     )
-    ax = _style.axes_or_new(ax, (max(3.4, 0.24 * len(senders) + 2.0), max(2.4, 0.22 * len(receivers) + 1.7)))
+    ax = _style.axes_or_new(ax, (max(3.4, 0.32 * len(senders) + 2.0), max(2.4, 0.22 * len(receivers) + 1.7)))
     mesh = cells(ax, matrix)
     named_axes(ax, receivers, senders, 7)
     ax.set_xlabel('sender', fontsize=9)

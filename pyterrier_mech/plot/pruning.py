@@ -59,7 +59,7 @@ def retention(
     twice = table[table.duplicated([x] if by is None else [x, by])]
     if len(twice):
         raise ValueError(
-            f'Several rows have {x}={twice[x].iloc[0]!r}: give one measure and one seed, and say with by= what differs.'
+            f'Several rows have {x}={twice[x].iloc[0]}: give one measure and one seed, and say with by= what differs.'
         )
     ax = _style.axes_or_new(ax, (3.6, 3.0))
     # A little apart, or the bars of equal sparsities would hide each other.

@@ -155,13 +155,13 @@ class Circuit(SavedResult):
         content = text if text.lstrip().startswith('{') else Path(source).read_text(encoding='utf-8')
         try:
             values = json.loads(content)
-            columns = cls.TABLES.items()
-            tables = {name: pd.DataFrame(values[name], columns=list(of)) for name, of in columns}
-            return cls.of_tables(**tables, settings=values['settings'], qids=values['qids'])
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            tables = {name: pd.DataFrame(values[name], columns=list(of)) for name, of in cls.TABLES.items()}
+            settings, qids = values['settings'], values['qids']
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f'Give what Circuit.to_json() returned, or its file; got {text[:60]!r} ({error!r})'
+                f'Give what Circuit.to_json() returned, or its file; got {text[:60]!r} ({error!r}).'
             ) from error
+        return cls.of_tables(tables['heads'], tables['neurons'], edges=tables['edges'], settings=settings, qids=qids)
 
     def __len__(self) -> int:
         """Number of heads and neurons."""
