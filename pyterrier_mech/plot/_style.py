@@ -79,8 +79,8 @@ def plain_axes(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
-    """Puts a legend below the label of the x axis, where there is anything to name.
+def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2, depth: float = 0.42) -> None:
+    """Puts a legend below the label of the x axis, `depth` inches below the axes, where there is anything to name.
 
     Where no layout of Matplotlib makes room for it, the axes go up.
     """
@@ -90,9 +90,11 @@ def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
         return
     # `figure` is a part of one where the axes stand in a part.
     figure = cast('Figure', ax.figure)
-    below_label = ax.transAxes + ScaledTranslation(0, -0.42, figure.dpi_scale_trans)
+    below_label = ax.transAxes + ScaledTranslation(0, -depth, figure.dpi_scale_trans)
     place: dict[str, Any] = {'loc': 'upper center', 'bbox_to_anchor': (0.5, 0), 'bbox_transform': below_label}
     legend = ax.legend(handles=handles, ncols=ncols, fontsize=8, **place, **_LEGEND)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # before anything measures them
     if figure.get_layout_engine() is None:
         below = legend.get_window_extent().transformed(figure.transSubfigure.inverted()).y0
         if below < 0:

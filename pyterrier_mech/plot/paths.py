@@ -94,7 +94,7 @@ def paths(
         .to_numpy()
         for name in names
     )
-    ax = _style.axes_or_new(ax, (max(3.4, 0.32 * len(senders) + 2.0), max(2.4, 0.22 * len(receivers) + 1.7)))
+    ax = _style.axes_or_new(ax, (max(4.6, 0.32 * len(senders) + 2.0), max(2.4, 0.22 * len(receivers) + 1.7)))
     mesh = cells(ax, matrix)
     named_axes(ax, receivers, senders, 7)
     ax.set_xlabel('sender', fontsize=9)
@@ -103,15 +103,12 @@ def paths(
     ink = inks(mesh, matrix)
     certain = dots(ax, low, high, ink)
     values(ax, matrix, annotate, ink)
-    _below_names(ax, handles(certain, bool(np.isnan(matrix).any()), effects.confidence))
+    found = handles(certain, bool(np.isnan(matrix).any()), effects.confidence)
+    # Below the names of senders, which stand upright.
+    _style.legend_below(ax, found, depth=0.75)
     return _style.finish(ax, title, bar)
 
 
 def _largest(table: pd.DataFrame, end: str, column: str, most: int) -> set[str]:
     size = table[column].abs().groupby(table[end]).max().sort_values(ascending=False, kind='stable')
     return set(size.index[: max(most, 1)])
-
-
-def _below_names(ax: Axes, found: list[object]) -> None:
-    if found:
-        ax.legend(handles=found, loc='lower left', bbox_to_anchor=(0, 1.0), ncols=2, fontsize=8, frameon=False)

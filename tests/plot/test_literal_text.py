@@ -131,7 +131,7 @@ def test_numbers_are_numbers_where_the_user_likes_mathematics(name):
 # -- legends
 
 
-@pytest.mark.parametrize('name', ['heads', 'circuit', 'faithfulness', 'neurons', 'scores', 'overlaps', 'retention'])
+@pytest.mark.parametrize('name', ['heads', 'circuit', 'faithfulness', 'neurons', 'scores', 'overlaps', 'paths', 'retention'])
 @pytest.mark.parametrize('layout', [None, 'constrained'])
 @pytest.mark.parametrize('shape', [(1, 1), (1, 2), (2, 1)])
 def test_legends_stand_inside_the_figure(name, layout, shape):
