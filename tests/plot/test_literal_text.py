@@ -131,7 +131,10 @@ def test_numbers_are_numbers_where_the_user_likes_mathematics(name):
 # -- legends
 
 
-@pytest.mark.parametrize('name', ['heads', 'circuit', 'faithfulness', 'neurons', 'scores', 'overlaps', 'paths', 'retention'])
+WITH_LEGENDS = [name for name in FIGURES if name != 'tokens']
+
+
+@pytest.mark.parametrize('name', WITH_LEGENDS)
 @pytest.mark.parametrize('layout', [None, 'constrained'])
 @pytest.mark.parametrize('shape', [(1, 1), (1, 2), (2, 1)])
 def test_legends_stand_inside_the_figure(name, layout, shape):
