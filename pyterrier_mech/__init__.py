@@ -39,7 +39,8 @@ from pyterrier_mech.perturb import (
 )
 from pyterrier_mech.prune import PrunedReranker
 from pyterrier_mech.rankers import BiEncoder, CrossEncoder
-from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, NeuronEffects
+from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, LayerEffects, NeuronEffects, PathEffects
+from pyterrier_mech.tables import read_frame, write_frame
 from pyterrier_mech.units import Units
 
 __version__ = '0.1.0'
@@ -80,13 +81,17 @@ __all__ = [
     'AxiomProfile',
     'Circuit',
     'HeadEffects',
+    'LayerEffects',
     'NeuronEffects',
+    'PathEffects',
     'Units',
     'compare_roles',
     'discover_circuit',
     'faithfulness',
     'head_roles',
     'head_shares',
+    'read_frame',
+    'write_frame',
     # rooms
     'measures',
     'plot',

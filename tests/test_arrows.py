@@ -8,7 +8,7 @@ import pytest
 import pyterrier_mech
 
 LEVELS = [
-    'stage units frames draws saving provenance columns',
+    'stage units frames draws saving provenance columns tables',
     'anatomy',
     'inputs',
     'rankers',
@@ -30,7 +30,7 @@ PACKAGE, TESTS = Path(pyterrier_mech.__file__).parent, Path(__file__).parent
 ALIASES = {'stats.py', 'measures.py', '__init__.py'}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob('*.py'))]
 PUBLIC = {'attribute', 'cli', 'circuits', 'evaluation', 'lab', 'measures', 'patch', 'perturb', 'plot', 'prune'}
-PUBLIC |= {'rankers', 'results', 'stats', 'units'}
+PUBLIC |= {'rankers', 'results', 'stats', 'tables', 'units'}
 
 
 def imports(path):
