@@ -23,6 +23,7 @@ from pyterrier_mech.plot._cells import (
     values,
 )
 from pyterrier_mech.plot._tokens import dividers, segments, shown, token_ticks
+from pyterrier_mech.provenance import ANALYSIS, Analysis
 from pyterrier_mech.results import LayerEffects
 from pyterrier_mech.results.layer_effects import SINGLE
 
@@ -46,7 +47,8 @@ def layers(
 
     Over many pairs, layers are rows, layer 0 on top, and types of tokens are columns; a dot marks what has an interval
     that excludes 0. Of one row of ``PatchLayers(by='position')`` the columns are its tokens, and the numbers logits of
-    that pair. Blue is positive, and all panels share colours that are symmetric around 0. Hatched cells have no data.
+    that pair, or shares if it was patched with ``effect='normalized'``. Blue is positive, and all panels share colours
+    that are symmetric around 0. Hatched cells have no data.
 
     Args:
         effects: `LayerEffects`; the frame of a ``PatchLayers`` stage, which is aggregated with the defaults of
@@ -154,5 +156,10 @@ def _of_row(row: Any, n_tokens: int, figure: Figure | SubFigure | None, title: s
     segments(axes[0, 0], [kinds[i] for i in kept])
     if len(kept) < len(tokens):
         axes[-1, 0].set_xlabel(f'{len(kept)} of {len(tokens)} positions, those with the largest effects', fontsize=8)
-    bar = colour_bar(mesh, list(axes[:, 0]), 'score change (logits)')
+    bar = colour_bar(mesh, list(axes[:, 0]), _unit(row))
     return _style.finish_panels(axes, title, bar)
+
+
+def _unit(row: Any) -> str:
+    settings = Analysis.parse(row[ANALYSIS]).settings if ANALYSIS in row else {}
+    return 'share of the score change' if settings.get('effect') == 'normalized' else 'score change (logits)'

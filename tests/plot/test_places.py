@@ -114,6 +114,8 @@ def test_what_is_drawn_of_one_row():
     assert [text.get_text() for text in first.texts] == ['query', 'text']
     assert bar.get_ylabel() == 'score change (logits)'
     assert len(plot.layers(dict(position_row())).axes) == 3
+    note = str(Analysis('PatchLayers', {'effect': 'normalized'}, ['resid_pre.L0']))
+    assert plot.layers(position_row(analysis=note)).axes[-1].get_ylabel() == 'share of the score change'
 
 
 def test_errors_of_layers():
