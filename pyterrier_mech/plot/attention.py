@@ -35,7 +35,7 @@ def attention(
     Args:
         row: A row of the frame of `AttentionPatterns`: `attention.L2H9`, `attention_tokens`, and of the original
             `attention_0.L2H9`, `attention_tokens_0`.
-        head: The head, 'L2H9'.
+        head: The head, 'L2H9'; of a bi-encoder with the tower before it, 'text.L2H9'.
         n_tokens: How many tokens are drawn at most: those that give or take the largest weights, special tokens aside.
         figure: Where to draw: an empty figure, or a part of one. Without it, a new figure is made.
         title: Title above the panels.
@@ -77,9 +77,9 @@ def _content(row: Any, head: str) -> list[tuple[str, np.ndarray, list[str]]]:
         if len(row) != 1:
             raise ValueError(f'A frame of {len(row)} rows is not one row: give e.g. res.iloc[0]')
         row = row.iloc[0]
-    sides = []
+    sides, tower = [], f'.{head.rpartition(".")[0]}'.rstrip('.')
     for end, name in _SIDES.items():
-        weights, tokens = (row.get(column) for column in (f'attention{end}.{head}', f'attention_tokens{end}'))
+        weights, tokens = (row.get(column) for column in (f'attention{end}.{head}', f'attention_tokens{end}{tower}'))
         if np.ndim(weights) == 0 or np.ndim(tokens) == 0:
             continue
         table, words = np.asarray(weights, dtype=np.float64), [str(token) for token in tokens]

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_mech.columns import SITES, Place, places
-from pyterrier_mech.inputs.alignment import TYPES
 from pyterrier_mech.results._aggregate import ABSENT, NUMBERS, Kind, Reading, arrays, floats, has_arrays
 from pyterrier_mech.results.effects import Effects
 
@@ -17,6 +16,9 @@ KEYS = ('site', 'layer', 'head', 'type', 'name')
 JOINT, SINGLE, ALL = 'patched together', 'mean of single positions', 'all'
 
 _POSITION_TYPES = 'position_types'
+# One order for the types of both schemes.
+_TYPES = 'cls query query_same query_other sep sep_first sep_last doc_match doc_same doc_query doc_other inserted'
+_ORDER = {kind: place for place, kind in enumerate(_TYPES.split())}
 _BLOCKS = SITES[:3]
 
 
@@ -69,7 +71,7 @@ class LayerEffects(Effects):
             raise ValueError(
                 f'The frame has effects by position and no column {_POSITION_TYPES!r}: pass the whole frame.'
             )
-        types = sorted({kind for cell in frame[_POSITION_TYPES] for kind in _types(cell)}) if by_position else []
+        types = sorted({kind for cell in frame[_POSITION_TYPES] for kind in _listed(cell)}) if by_position else []
         types = _ordered(types or (place.type for place in found))
         found.sort(key=lambda place: _order(place, types))
         named = [place.of_type(kind) for place in found for kind in types] if by_position else found
@@ -85,14 +87,14 @@ def _way(frame: pd.DataFrame, place: Place) -> str:
     return JOINT if place.type else SINGLE if has_arrays(frame, place.column) else ALL
 
 
-def _types(cell: Any) -> list[str]:
+def _listed(cell: Any) -> list[str]:
     """Returns the types of a row's positions; Parquet gives lists back as arrays."""
     return [] if cell is None or np.ndim(cell) == 0 else list(cell)
 
 
 def _ordered(types: Iterable[str]) -> list[str]:
-    """Returns each type once: those that every alignment knows as there, then the others as they come."""
-    return sorted(dict.fromkeys(types), key=lambda kind: TYPES.index(kind) if kind in TYPES else len(TYPES))
+    """Returns each type once: those that alignments know in their order, then the others as they come."""
+    return sorted(dict.fromkeys(types), key=lambda kind: _ORDER.get(kind, len(_ORDER)))
 
 
 def _order(place: Place, types: list[str]) -> tuple[Any, ...]:
@@ -120,7 +122,7 @@ def _absent(named: list[Place], types: list[str]) -> Any:
 
 def _means(rows: pd.DataFrame, columns: list[str], types: list[str]) -> np.ndarray:
     """Returns the mean over the positions of each type [rows, columns x types], NaN where there is none."""
-    kinds = [np.asarray(_types(cell), dtype=object) for cell in rows[_POSITION_TYPES]]
+    kinds = [np.asarray(_listed(cell), dtype=object) for cell in rows[_POSITION_TYPES]]
     cells = [arrays(rows, column, [len(kind) for kind in kinds]) for column in columns]
     means = np.full((len(rows), len(columns), len(types)), np.nan)
     for row, kind in enumerate(kinds):
