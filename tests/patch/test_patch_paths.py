@@ -3,7 +3,7 @@
 import numpy as np
 import paths_by_hooks as oracle
 import pytest
-from inside import module_of, sides, tokenizer_of
+from inside import everything_told, module_of, sides, tokenizer_of
 from toys import (
     DESCRIBED,
     pairs,
@@ -75,6 +75,16 @@ def test_the_last_layer_has_no_other_path(make, family):
     for head in range(model.n_heads(last)):
         np.testing.assert_allclose(paths[f'L{last}H{head}>score'], heads[f'L{last}H{head}'], atol=1e-10)
     assert (paths['L0H1>score'] - heads['L0H1']).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
+@pytest.mark.parametrize('family', DESCRIBED)
+def test_all_paths_together_are_the_head(make, family):
+    model, frame = make(family), pairs(6)
+    name = f'L{model.n_layers - 2}H1'
+    heads = PatchHeads(model, heads=[name])(frame)
+    scores, good = everything_told(model, frame, name)
+    np.testing.assert_allclose(scores - heads['score_original'].to_numpy()[good], heads[name][good], atol=1e-10)
 
 
 def test_all_paths_are_the_same_numbers():
