@@ -102,8 +102,9 @@ def _of_many(
         missing |= bool(np.isnan(matrix).any())
         values(ax, matrix, annotate, ink)
         ax.set_title(_NAMES.get(site, site), fontsize=9)
-    axes[0, 0].set_ylabel('layer' if table['head'].isna().all() else 'head', fontsize=9)
-    what = 'one position (mean)' if effects.positions == SINGLE else 'the block'
+    of_heads = table['head'].notna().all()
+    axes[0, 0].set_ylabel('head' if of_heads else 'layer', fontsize=9)
+    what = 'one position (mean)' if effects.positions == SINGLE else 'the head' if of_heads else 'the block'
     bar = colour_bar(mesh, list(axes[0]), LABELS[column].format(what), aspect=25)
     _below(axes, handles(certain, missing, effects.confidence))
     return _style.finish_panels(axes, title, bar)
