@@ -16,8 +16,9 @@ KEYS = ('sender', 'receiver', 'name')
 class PathEffects(Effects):
     """Effect of each path from a head to the score, or to an input of a later head, over all rows of a patching run.
 
-    Made by `from_frame` from the frame of ``PatchPaths``: columns ``L0H4>score`` and ``L1H1>L2H9.k``, or one array of
-    all senders a receiver, ``paths.score`` and ``paths.L2H9.k``, beside ``path_senders`` with their names.
+    Made by `from_frame` from the frame of ``PatchPaths`` or ``AttributePaths``: columns ``L0H4>score`` and
+    ``L1H1>L2H9.k``, or one array of all senders a receiver, ``paths.score`` and ``paths.L2H9.k``, beside
+    ``path_senders`` with their names.
 
     Columns of `to_frame`, one row per path, sorted by receiver, the score last, and by sender: ``sender``, ``receiver``
     ('score', or a head and its input: 'L2H9.k'), ``name``, ``ratio``, ``ratio_low``, ``ratio_high``, ``mean``,
@@ -28,7 +29,12 @@ class PathEffects(Effects):
     ARTIFACT_TYPE = 'path_effects'
     TABLES = {'paths': (*KEYS, *NUMBERS)}
     MADE_BY = 'PathEffects.from_frame(frame)'
-    KIND = Kind('PathEffects', ('PatchPaths',), 'paths', "columns of paths such as 'L0H4>score' or 'paths.score'")
+    KIND = Kind(
+        'PathEffects',
+        ('PatchPaths', 'AttributePaths'),
+        'paths',
+        "columns of paths such as 'L0H4>score' or 'paths.score'",
+    )
 
     @classmethod
     def _reading(cls, frame: pd.DataFrame) -> Reading:
