@@ -19,6 +19,8 @@ from pyterrier_mech.anatomy.layers import Layer
 _NORMS = (nn.LayerNorm, nn.Identity)
 _KERNELS = ('eager', 'sdpa', None)
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+# Transformers leaves hooks in a module that was once asked for its attentions or hidden states: they only look on.
+_RECORDER = 'transformers.utils.output_capturing'
 _GLOBAL_HOOKS = ('_global_forward_hooks', '_global_forward_pre_hooks')
 
 
@@ -58,9 +60,9 @@ def _attention(layer: Layer) -> Any:
 
 def _touched(part: nn.Module, known: set[str]) -> str:
     state = part.__dict__
-    for name in _HOOKS:
-        if state.get(name):
-            return 'has hooks'
+    hooks = [hook for name in _HOOKS for hook in (state.get(name) or {}).values()]
+    if any(getattr(hook, '__module__', None) != _RECORDER for hook in hooks):
+        return 'has hooks'
     if 'forward' in state:
         return 'has a forward of its own'
     if state.get('_compiled_call_impl') is not None:

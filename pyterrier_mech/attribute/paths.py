@@ -57,9 +57,11 @@ class AttributePaths(PatchPaths):
         read = self._read()
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:
-            with model.computing(gradients=True):
-                base = self._ordered([ORIGINAL, PERTURBED])[0]
-                _, values, gradients = with_gradients(model, inputs, rows, base, read)
+            values, gradients = [{} for _ in inputs.towers], [{} for _ in inputs.towers]
+            if read:
+                with model.computing(gradients=True):
+                    base = self._ordered([ORIGINAL, PERTURBED])[0]
+                    _, values, gradients = with_gradients(model, inputs, rows, base, read)
             vectors, effects = [], torch.zeros(0)
             for tower in range(len(inputs.towers)):
                 direct, sent = self._told(engine, inputs, tower, rows, number, values[tower], gradients[tower])

@@ -86,7 +86,7 @@ def test_what_is_refused():
         PathEffects.from_frame(both)
     with pytest.raises(ValueError, match="no columns of paths such as 'L0H4>score'"):
         PathEffects.from_frame(noted(PAIRS.assign(L0H0=1.0), ['L0H0']))
-    with pytest.raises(ValueError, match='PathEffects needs columns of PatchPaths; these are of PatchHeads'):
+    with pytest.raises(ValueError, match='needs columns of PatchPaths or AttributePaths; these are of PatchHeads'):
         PathEffects.from_frame(noted(in_columns(), list(SHARES), 'PatchHeads'))
     with pytest.raises(ValueError, match='None of the 0 rows is patchable'):
         PathEffects.from_frame(frame.iloc[:0])
