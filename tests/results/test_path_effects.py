@@ -133,6 +133,16 @@ def test_edges_are_certain_paths_between_chosen_heads_strongest_first():
         discover_circuit(HeadEffects.from_frame(noted(PAIRS.assign(L0H0=DELTA), ['L0H0'], 'PatchHeads')), edges=PAIRS)
 
 
+def test_a_circuit_is_of_one_ranker_and_says_what_of_its_heads_was_patched():
+    keys = PAIRS.assign(**{'L0H0.k': 0.5 * DELTA, 'L1H1.k': 0.4 * DELTA})
+    effects = HeadEffects.from_frame(noted(keys, ['L0H0.k', 'L1H1.k'], 'PatchHeads', model='one'))
+    paths = {model: PathEffects.from_frame(in_columns(model=model)) for model in ('one', 'other')}
+    found = discover_circuit(effects, edges=paths['one'])
+    assert found.settings['site'] == 'k' and 'site' not in circuit().settings
+    with pytest.raises(ValueError, match='the effects of heads are of one, but those of edges of other'):
+        discover_circuit(effects, edges=paths['other'])
+
+
 @pytest.mark.parametrize('source', ['text', 'file', 'path'])
 def test_circuits_go_through_json_and_folders(source, tmp_path):
     whole = circuit()
