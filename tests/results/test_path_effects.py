@@ -110,6 +110,16 @@ def test_notes_name_such_columns(columns):
         assert len(text) < 400
 
 
+@pytest.mark.parametrize('by', ['text', 'array'])
+def test_arrays_that_went_through_csv_are_refused(by):
+    frame = in_arrays()
+    frame = frame.assign(**{'paths.score': frame['paths.score'].map(str)})
+    if by == 'text':
+        frame = noted(PAIRS.assign(L0H0=frame['paths.score']), ['L0H0'], 'PatchHeads')
+    with pytest.raises(ValueError, match='must hold numbers; got .*arrays do not survive CSV'):
+        (HeadEffects if by == 'text' else PathEffects).from_frame(frame)
+
+
 # -- edges of a circuit
 
 
