@@ -57,6 +57,9 @@ def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
         notes[name], columns[name] = _stored(name, frame[name].tolist())
     simple = frame.drop(columns=objects)
     simple.attrs = {}
+    # An index with the name of a column that is added later would stand there twice.
+    index = [name if name in objects else None for name in simple.index.names]
+    simple.index = simple.index.set_names([None if name in objects else name for name in simple.index.names])
     try:
         table = pa.Table.from_pandas(simple)
         attrs = json.dumps(frame.attrs)
@@ -65,7 +68,9 @@ def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
     for number, name in enumerate(frame.columns):
         if name in columns:
             table = table.add_column(number, name, columns[name])
-    meta = json.dumps({'format': _FORMAT, 'columns': list(frame.columns), 'objects': notes, 'attrs': attrs})
+    meta = json.dumps(
+        {'format': _FORMAT, 'columns': list(frame.columns), 'objects': notes, 'attrs': attrs, 'index': index}
+    )
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: meta.encode()})
     file = io.BytesIO()
     pq.write_table(table, file)
@@ -101,6 +106,8 @@ def read_frame(path: str | Path) -> pd.DataFrame:
     cells = {name: _restored(table[name].combine_chunks(), note) for name, note in notes.items()}
     added = {name: pd.Series(values, index=frame.index, dtype=object) for name, values in cells.items()}
     frame = pd.concat([frame, pd.DataFrame(added, index=frame.index)], axis=1)[meta['columns']]
+    names = zip(meta.get('index', frame.index.names), frame.index.names, strict=True)
+    frame.index = frame.index.set_names([here if name is None else name for name, here in names])
     frame.attrs = json.loads(meta['attrs'])
     return frame
 
@@ -129,7 +136,7 @@ def _stored(name: str, cells: list[Any]) -> tuple[dict[str, Any], Any]:
     kind, of = next(iter(several), (_SCALAR, ''))
     try:
         array = _of_arrays(cells, np.dtype(of)) if kind == _ARRAY else pa.array(cells, from_pandas=False)
-    except (pa.ArrowException, OverflowError) as error:
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
         raise TypeError(_refusal(name, str(error))) from error
     return {'kind': kind, 'of': of, 'nan': gaps}, array
 

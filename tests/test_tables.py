@@ -93,6 +93,7 @@ def test_other_programs_read_it_too(tmp_path):
         ([np.float32(1)], 'float32'),
         ([pd.NA], 'NAType'),
         ([2**70], 'too large'),
+        (['\ud800'], 'surrogates not allowed'),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name_and_leaves_no_file(values, message, tmp_path):
@@ -121,6 +122,14 @@ def test_odd_frames_and_files(tmp_path):
     file.write_bytes(b'PAR1 and no more')
     with pytest.raises(ValueError, match='is damaged'):
         read_frame(file)
+
+
+def test_an_index_with_the_name_of_a_column(tmp_path):
+    frame = pd.DataFrame({'qid': cells('1', '2'), 'n': [3, 4]})
+    for index in (['qid'], ['n', 'qid']):
+        indexed = frame.set_index(index, drop=False)
+        write_frame(indexed, tmp_path / 'f.parquet')
+        same(read_frame(tmp_path / 'f.parquet'), indexed)
 
 
 def test_what_attribution_writes_is_aggregated_alike_after_it(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from pyterrier_mech.columns import path_of
+from pyterrier_mech.columns import Z, path_of
 from pyterrier_mech.results import Circuit, HeadEffects, NeuronEffects, PathEffects
 from pyterrier_mech.results.head_effects import KEYS
 
@@ -44,7 +44,8 @@ def discover_circuit(
 
     Raises:
         TypeError: If effects are of another kind.
-        ValueError: If a setting is out of range, or no head has an interval that excludes 0.
+        ValueError: If a setting is out of range, no head has an interval that excludes 0, or the edges are of another
+            ranker.
     """
     _check(effects, k, share, roles, neurons, edges)
     table = effects.to_frame()
@@ -66,6 +67,8 @@ def discover_circuit(
         heads = heads.merge(roles[[*keys, 'role']], on=keys, how='left')
     settings: dict[str, Any] = {'k': k, 'share': share, 'confidence': effects.confidence, 'analysis': effects.analysis}
     settings |= {'n_heads': len(table), 'n_certain': len(certain), 'head_counts': _head_counts(table)}
+    if effects.site != Z:
+        settings['site'] = effects.site
     qids, chosen = list(effects.qids), None
     if neurons is not None:
         settings |= {'p': float(p), 'scheme': scheme, 'fuse': fuse}
@@ -107,6 +110,9 @@ def _check(effects: Any, k: Any, share: Any, roles: Any, neurons: Any, edges: An
         raise TypeError(f'neurons must be NeuronEffects, NeuronEffects.from_frame(…); got {type(neurons).__name__}')
     if edges is not None and not isinstance(edges, PathEffects):
         raise TypeError(f'edges must be PathEffects, PathEffects.from_frame(frame); got {type(edges).__name__}')
+    models = [of.analysis['model'] for of in (effects, edges) if of is not None and 'model' in of.analysis]
+    if len(set(models)) > 1:
+        raise ValueError(f'the effects of heads are of {models[0]}, but those of edges of {models[1]}: take one ranker')
     if k is not None and share is not None:
         raise ValueError(f'k={k!r} and share={share!r} both say how many heads: give one of them')
     if k is not None and k < 1:

@@ -123,7 +123,12 @@ def aggregate(
 
 
 def floats(rows: pd.DataFrame, columns: list[str]) -> np.ndarray:
-    """Returns columns of numbers as an array [rows, columns], NaN where there is none."""
+    """Returns columns of numbers as an array [rows, columns], NaN where there is none.
+
+    Raises:
+        ValueError: If a column holds anything else.
+    """
+    _check_numbers(rows, columns)
     return rows[columns].to_numpy(dtype=np.float64, na_value=np.nan)
 
 
@@ -136,8 +141,9 @@ def arrays(rows: pd.DataFrame, column: str, lengths: list[int]) -> list[np.ndarr
     """Returns the arrays of a column, one a row; all NaN where a row has none.
 
     Raises:
-        ValueError: If one is not of the length that its row must have.
+        ValueError: If one is not of the length that its row must have, or holds anything but numbers.
     """
+    _check_numbers(rows, [column])
     found = []
     for row, (cell, length) in enumerate(zip(rows[column], lengths, strict=True)):
         none = cell is None or (np.ndim(cell) == 0 and pd.isna(cell))
@@ -149,6 +155,15 @@ def arrays(rows: pd.DataFrame, column: str, lengths: list[int]) -> list[np.ndarr
             )
         found.append(array)
     return found
+
+
+def _check_numbers(rows: pd.DataFrame, columns: list[str]) -> None:
+    for column in columns:
+        if text := next((cell for cell in rows[column] if isinstance(cell, str)), None):
+            raise ValueError(
+                f'column {column!r} must hold numbers; got {text[:40]!r}: arrays do not survive CSV, so keep such '
+                'frames with write_frame(frame, path)'
+            )
 
 
 def _check(frame: pd.DataFrame, kind: Kind, reading: Reading) -> None:

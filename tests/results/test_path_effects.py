@@ -110,6 +110,16 @@ def test_notes_name_such_columns(columns):
         assert len(text) < 400
 
 
+@pytest.mark.parametrize('by', ['text', 'array'])
+def test_arrays_that_went_through_csv_are_refused(by):
+    frame = in_arrays()
+    frame = frame.assign(**{'paths.score': frame['paths.score'].map(str)})
+    if by == 'text':
+        frame = noted(PAIRS.assign(L0H0=frame['paths.score']), ['L0H0'], 'PatchHeads')
+    with pytest.raises(ValueError, match='must hold numbers; got .*arrays do not survive CSV'):
+        (HeadEffects if by == 'text' else PathEffects).from_frame(frame)
+
+
 # -- edges of a circuit
 
 
@@ -131,6 +141,16 @@ def test_edges_are_certain_paths_between_chosen_heads_strongest_first():
     assert found.top(1).edges['name'].tolist() == ['L0H0>score'] and not len(found.top(0).edges)
     with pytest.raises(TypeError, match='edges must be PathEffects.*got DataFrame'):
         discover_circuit(HeadEffects.from_frame(noted(PAIRS.assign(L0H0=DELTA), ['L0H0'], 'PatchHeads')), edges=PAIRS)
+
+
+def test_a_circuit_is_of_one_ranker_and_says_what_of_its_heads_was_patched():
+    keys = PAIRS.assign(**{'L0H0.k': 0.5 * DELTA, 'L1H1.k': 0.4 * DELTA})
+    effects = HeadEffects.from_frame(noted(keys, ['L0H0.k', 'L1H1.k'], 'PatchHeads', model='one'))
+    paths = {model: PathEffects.from_frame(in_columns(model=model)) for model in ('one', 'other')}
+    found = discover_circuit(effects, edges=paths['one'])
+    assert found.settings['site'] == 'k' and 'site' not in circuit().settings
+    with pytest.raises(ValueError, match='the effects of heads are of one, but those of edges of other'):
+        discover_circuit(effects, edges=paths['other'])
 
 
 @pytest.mark.parametrize('source', ['text', 'file', 'path'])
