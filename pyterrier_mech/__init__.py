@@ -14,6 +14,7 @@ from pyterrier_mech.attribute import (
     AttributeTokens,
 )
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
+from pyterrier_mech.durable import Resumable
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
 from pyterrier_mech.prune import PrunedReranker
@@ -56,6 +57,8 @@ __all__ = [
     'discover_circuit',
     'faithfulness',
     'head_roles',
+    # long runs
+    'Resumable',
     # rooms
     'measures',
     'plot',

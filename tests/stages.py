@@ -1,5 +1,7 @@
 """Every stage, for the checks of `test_contract.py`: a new stage adds one line to `STAGES`."""
 
+import tempfile
+
 import numpy as np
 import torch
 from toys import frame_of, pairs, reference, wordpiece_tokenizer
@@ -23,11 +25,13 @@ from pyterrier_mech import (
     PatchPaths,
     Perturb,
     PrunedReranker,
+    Resumable,
     perturbation,
 )
 from pyterrier_mech.prune import Random
 
 UNITS = ['L0H1', 'L1H3', 'L0N5']
+FOLDERS = tempfile.TemporaryDirectory()
 
 
 def cross(model, **settings):
@@ -122,6 +126,11 @@ STAGES = {
     ),
     'AttentionShares': (lambda model, **settings: AttentionShares(cross(model), **settings), plain, True),
     'PrunedReranker': (pruned, plain, False),
+    'Resumable': (
+        lambda model, **settings: Resumable(PatchHeads(cross(model), **settings), tempfile.mkdtemp(dir=FOLDERS.name), rows=4),
+        edited,
+        True,
+    ),
 }  # fmt: skip
 # The setting that names units, and whether neurons may be among them.
 WITH_UNITS = {
@@ -134,8 +143,8 @@ WITH_UNITS = {
     'AttributeHeads by gradient': ('heads', False),
     'PrunedReranker': ('protect', True),
 }
-# These compute with the parts of the layers, and refuse a module with hooks.
-UNHOOKABLE = ['AttributeHeads by RelP', 'AttentionShares']
+# These refuse a module with hooks: they compute with the parts of the layers, or keep results by its weights.
+UNHOOKABLE = ['AttributeHeads by RelP', 'AttentionShares', 'Resumable']
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 
 

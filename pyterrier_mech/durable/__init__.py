@@ -1,0 +1,5 @@
+"""Long runs: finished work is kept in a folder, on one machine or many."""
+
+from pyterrier_mech.durable.resumable import Resumable, Status
+
+__all__ = ['Resumable', 'Status']
