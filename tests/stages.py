@@ -51,6 +51,10 @@ def pruned(model, **settings):
     return stage
 
 
+def resumable(model, **settings):
+    return Resumable(PatchHeads(cross(model), **settings), tempfile.mkdtemp(dir=FOLDERS.name), rows=4)
+
+
 def attribute(method):
     return lambda model, **settings: AttributeHeads(cross(model), method, **settings)
 
@@ -126,11 +130,7 @@ STAGES = {
     ),
     'AttentionShares': (lambda model, **settings: AttentionShares(cross(model), **settings), plain, True),
     'PrunedReranker': (pruned, plain, False),
-    'Resumable': (
-        lambda model, **settings: Resumable(PatchHeads(cross(model), **settings), tempfile.mkdtemp(dir=FOLDERS.name), rows=4),
-        edited,
-        True,
-    ),
+    'Resumable': (resumable, edited, True),
 }  # fmt: skip
 # The setting that names units, and whether neurons may be among them.
 WITH_UNITS = {

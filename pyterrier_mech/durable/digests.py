@@ -102,11 +102,11 @@ def _reading(ranker: Any) -> list[Any]:
     """Returns how a ranker reads texts and with which precision it computes."""
     maker, stated = ranker.maker, ranker.stated_
     tokenizer = maker.tokenizer
-    # What a call has padded or truncated to is written into the tokenizer, and changes nothing here.
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {name: part for name, part in whole.items() if name not in ('padding', 'truncation')}
+    # Before these stands what a call has padded or truncated to, which changes nothing here.
+    whole = tokenizer.backend_tokenizer.to_str()
+    rules = whole[whole.index('"added_tokens"') :]
     return [
-        digest(json.dumps(rules, sort_keys=True)),
+        hashlib.sha256(rules.encode()).digest(),
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
         (maker.max_length, maker.uses_segments, maker.pad_id),
         [(one.name, _plain(getattr(stated, one.name), 'the files beside the weights')) for one in fields(stated)],

@@ -150,12 +150,14 @@ class Resumable(Stage):
         self.check()
         if not len(inp):
             return Status(0, 0, 0, 0.0)
-        rows, store = self._read(inp)
+        return self._status(*self._read(inp))
+
+    def _status(self, rows: Rows, store: Store) -> Status:
         _, jobs = self._plan(rows, store)
         missing = np.concatenate([job.rows for job in jobs]) if jobs else np.zeros(0, dtype=np.int64)
         seconds = len(missing) * store.seconds_per_row(store.names()) if jobs else 0.0
         n_missing = int(np.isin(rows.place, missing).sum())
-        return Status(len(inp) - n_missing, n_missing, len(jobs), seconds)
+        return Status(len(rows.place) - n_missing, n_missing, len(jobs), seconds)
 
     def work(self, inp: pd.DataFrame, shard: Shard = (0, 1)) -> Status:
         """Computes and stores units of a frame that are missing, and returns how far it is then.
@@ -171,12 +173,13 @@ class Resumable(Stage):
         if not 0 <= part < parts:
             raise ValueError(f'shard must be (i, n) with i from 0 to n - 1; got {shard!r}')
         self.check()
-        if len(inp):
-            rows, store = self._read(inp)
-            _, jobs = self._plan(rows, store)
-            for _ in self._worked([job for job in jobs if job.number % parts == part], rows, store):
-                pass
-        return self.status(inp)
+        if not len(inp):
+            return self.status(inp)
+        rows, store = self._read(inp)
+        _, jobs = self._plan(rows, store)
+        for _ in self._worked([job for job in jobs if job.number % parts == part], rows, store):
+            pass
+        return self._status(rows, store)
 
     def compact(self) -> int:
         """Puts the many files of the stage together into few; returns how many there are then.
