@@ -14,7 +14,7 @@ from pyterrier_mech.attribute import (
     AttributeTokens,
 )
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
-from pyterrier_mech.durable import Resumable
+from pyterrier_mech.durable import Distributed, Resumable
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
 from pyterrier_mech.perturb import LNC1, TDC, TFC1, TFC2, Perturb, perturbation
 from pyterrier_mech.prune import PrunedReranker
@@ -58,6 +58,7 @@ __all__ = [
     'faithfulness',
     'head_roles',
     # long runs
+    'Distributed',
     'Resumable',
     # rooms
     'measures',

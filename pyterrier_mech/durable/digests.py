@@ -56,7 +56,8 @@ def row_digest(texts: Sequence[str]) -> bytes:
 
 
 def _name_of(stage: Any) -> str:
-    return f'{type(stage).__module__}.{type(stage).__qualname__}'
+    # What is '__main__' here has this name in a process that was spawned.
+    return f'{type(stage).__module__}.{type(stage).__qualname__}'.replace('__mp_main__', '__main__')
 
 
 def _settings(stage: Stage) -> list[Any]:
