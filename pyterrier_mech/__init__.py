@@ -22,6 +22,7 @@ from pyterrier_mech.circuits import (
     head_roles,
     head_shares,
 )
+from pyterrier_mech.durable import Distributed, Resumable
 from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
 from pyterrier_mech.perturb import (
     LNC1,
@@ -92,6 +93,9 @@ __all__ = [
     'head_shares',
     'read_frame',
     'write_frame',
+    # long runs
+    'Distributed',
+    'Resumable',
     # rooms
     'measures',
     'plot',

@@ -20,6 +20,11 @@ from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
 from pyterrier_mech.circuits.shares import FLOWS  # noqa: F401
+from pyterrier_mech.durable import distributed, resumable  # noqa: F401
+from pyterrier_mech.durable.digests import stage_digest  # noqa: F401
+from pyterrier_mech.durable.rows import Rows  # noqa: F401
+from pyterrier_mech.durable.store import Store  # noqa: F401
+from pyterrier_mech.durable.workers import ENGINES, Worker, WorkerError  # noqa: F401
 from pyterrier_mech.evaluation import comparison
 from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes  # noqa: F401
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401

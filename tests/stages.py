@@ -1,5 +1,7 @@
 """Every stage, for the checks of `test_contract.py`: a new stage adds one line to `STAGES`."""
 
+import tempfile
+
 import numpy as np
 import torch
 from toys import frame_of, pairs, reference, wordpiece_tokenizer
@@ -24,11 +26,13 @@ from pyterrier_mech import (
     PatchPaths,
     Perturb,
     PrunedReranker,
+    Resumable,
     perturbation,
 )
 from pyterrier_mech.prune import Random
 
 UNITS = ['L0H1', 'L1H3', 'L0N5']
+FOLDERS = tempfile.TemporaryDirectory()
 
 
 def cross(model, **settings):
@@ -46,6 +50,10 @@ def pruned(model, **settings):
     if not isinstance(model, str):
         stage.fit(plain())
     return stage
+
+
+def resumable(model, **settings):
+    return Resumable(PatchHeads(cross(model), **settings), tempfile.mkdtemp(dir=FOLDERS.name), rows=4)
 
 
 def attribute(method):
@@ -127,6 +135,7 @@ STAGES = {
         lambda model, heads=UNITS[:2], **settings: AttentionPatterns(cross(model), heads, **settings), plain, True
     ),
     'PrunedReranker': (pruned, plain, False),
+    'Resumable': (resumable, edited, True),
 }  # fmt: skip
 # The setting that names units, and whether neurons may be among them.
 WITH_UNITS = {
@@ -140,9 +149,9 @@ WITH_UNITS = {
     'AttentionPatterns': ('heads', False),
     'PrunedReranker': ('protect', True),
 }
-# These compute with the parts of the layers, and refuse a module with hooks.
+# These refuse a module with hooks: they compute with the parts of the layers, or keep results by its weights.
 UNHOOKABLE = [
-    'AttributeHeads by RelP', 'AttentionShares', 'AttentionShares of a bi-encoder', 'AttentionPatterns'
+    'AttributeHeads by RelP', 'AttentionShares', 'AttentionShares of a bi-encoder', 'AttentionPatterns', 'Resumable'
 ]  # fmt: skip
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 

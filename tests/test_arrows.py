@@ -19,6 +19,7 @@ LEVELS = [
     'circuits features',
     'prune',
     'plot report',
+    'durable',
     'lab',
     'cli',
     '__main__',
@@ -29,8 +30,8 @@ PACKAGE, TESTS = Path(pyterrier_mech.__file__).parent, Path(__file__).parent
 # Public names of what lives elsewhere.
 ALIASES = {'stats.py', 'measures.py', '__init__.py'}
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob('*.py'))]
-PUBLIC = {'attribute', 'cli', 'circuits', 'evaluation', 'lab', 'measures', 'patch', 'perturb', 'plot', 'prune'}
-PUBLIC |= {'rankers', 'results', 'stats', 'tables', 'units'}
+PUBLIC = {'attribute', 'cli', 'circuits', 'durable', 'evaluation', 'lab', 'measures', 'patch', 'perturb', 'plot'}
+PUBLIC |= {'prune', 'rankers', 'results', 'stats', 'tables', 'units'}
 
 
 def imports(path):

@@ -30,14 +30,8 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
         return f'the attention of {module.config.model_type!r} is not described'
     if getattr(module.config, '_attn_implementation', None) not in _KERNELS:
         return f'attention runs by {module.config._attn_implementation!r}'
-    # Those of torch itself, as of its counter of operations, look on and change nothing.
-    hooks = [hook for name in _GLOBAL_HOOKS for hook in getattr(torch_modules, name, {}).values()]
-    if any(not str(getattr(hook, '__module__', '')).startswith('torch.') for hook in hooks):
-        return 'there are global hooks on modules'
-    known = {'torch', 'transformers', 'pyterrier_mech', _root(module.base_model.__class__)}
-    for part in module.modules():
-        if reason := _touched(part, known):
-            return f'a {type(part).__name__} {reason}'
+    if reason := why_not_own(module):
+        return reason
     for number, layer in enumerate(layers):
         for part in layer.linear_parts:
             if type(part) is not nn.Linear:
@@ -50,6 +44,19 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
         scaling = getattr(_attention(layer), 'scaling', None)
         if scaling is not None and scaling != layer.head_dim**-0.5:
             return f'layer {number} scales its attention by {scaling}'
+    return ''
+
+
+def why_not_own(module: Any) -> str:
+    """Returns why a module may give something else than its classes and weights say, or ''."""
+    # Those of torch itself, as of its counter of operations, look on and change nothing.
+    hooks = [hook for name in _GLOBAL_HOOKS for hook in getattr(torch_modules, name, {}).values()]
+    if any(not str(getattr(hook, '__module__', '')).startswith('torch.') for hook in hooks):
+        return 'there are global hooks on modules'
+    known = {'torch', 'transformers', 'pyterrier_mech', _root(module.base_model.__class__)}
+    for part in module.modules():
+        if reason := _touched(part, known):
+            return f'a {type(part).__name__} {reason}'
     return ''
 
 
