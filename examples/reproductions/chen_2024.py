@@ -10,7 +10,6 @@ to --out. Needs the folder PYTERRIER_MECH_ASSETS, see examples/real_data.py.
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from real_data import assets, cells, load, of_each, quotient, rankers, shown
 
 GRADES = {'relevant': (2, 3), 'non-relevant': (0,)}
+TERMS = {'new': 'no', 'there': 'yes'}
 LITERATURE = {'by': 'token_type', 'types': 'literature'}
 
 
@@ -80,37 +80,33 @@ class Study:
         self.paths(strongest)
 
     def groups(self, patched):
-        """Rows of both grades, and of both by whether the term was there."""
-        yield from ((grade, patched[patched['grade'] == grade]) for grade in GRADES)
-        yield from (
-            (f'term {there}', patched[patched['term_before'] == word])
-            for there, word in (('there', 'yes'), ('new', 'no'))
-        )
+        """Rows of each grade, and by whether the passage had the term before; groups without rows are left out."""
+        found = [(grade, patched[patched['grade'] == grade]) for grade in GRADES]
+        found += [(f'term {name}', patched[patched['term_before'] == word]) for name, word in TERMS.items()]
+        yield from ((group, rows) for group, rows in found if len(rows))
 
     def blocks(self, patched):
         for group, rows in self.groups(patched):
             change = (rows['score_perturbed'] - rows['score_original']).to_numpy()
-            mean = shown(*quotient(rows['qid'], (change, 1)), self.digits) if len(rows) else 'none'
-            print(f'{group}: {len(rows)} pairs, score change {mean}; {(change < 0).sum()} fall')
-        for group, rows in (('all', patched), *self.groups(patched)):
-            effects = LayerEffects.from_frame(rows)
-            self.table(effects.to_frame(), f'layers-{group.replace(" ", "-")}')
-            self.keep(plot.layers(effects, title=f'{self.name}, {group}'), f'layers-{group.replace(" ", "-")}')
-            print(f'\n{group}: share of the change, all positions of a type together')
-            self.print_blocks(effects.to_frame())
+            mean = quotient(rows['qid'], (change, 1))
+            print(f'\n{group}: {len(rows)} pairs, score change {shown(*mean, self.digits)}; {(change < 0).sum()} fall')
+            # Shares of a change that may be none are noise.
+            column = 'ratio' if mean[1] > 0 or mean[2] < 0 else 'mean'
+            effects, what = LayerEffects.from_frame(rows), f'layers-{group.replace(" ", "-")}'
+            self.table(effects.to_frame(), what)
+            self.keep(plot.layers(effects, column=column, title=f'{self.name}, {group}'), what)
+            self.print_blocks(effects.to_frame(), column)
 
-    def print_blocks(self, table):
+    def print_blocks(self, table, column='ratio'):
         """The residual stream by layer and type; of the other blocks the strongest."""
+        print('share of the change' if column == 'ratio' else 'score')
         stream = table[table['site'] == 'resid_pre']
-        wide = stream.assign(shown=cells(stream, 'ratio')).pivot(index='layer', columns='type', values='shown')
+        wide = stream.assign(shown=cells(stream, column)).pivot(index='layer', columns='type', values='shown')
         print(wide[list(dict.fromkeys(stream['type']))].to_string())
         for site in ('attn_out', 'mlp_out'):
-            best = table[table['site'] == site]
-            best = best.loc[best['ratio'].abs().sort_values(ascending=False).index[:4]]
-            print(
-                f'{site}: '
-                + ', '.join(f'L{r.layer} {r.type} {v}' for r, v in zip(best.itertuples(), cells(best, 'ratio')))
-            )
+            best = table[table['site'] == site].sort_values(column, key=abs, ascending=False).head(4)
+            listed = zip(best['layer'], best['type'], cells(best, column), strict=True)
+            print(f'{site}: ' + ', '.join(f'L{layer} {kind} {value}' for layer, kind, value in listed))
 
     def single_positions(self, patched):
         some = patched.groupby('grade').head(self.options.single)
