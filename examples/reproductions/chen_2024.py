@@ -109,14 +109,15 @@ class Study:
             print(f'{site}: ' + ', '.join(f'L{layer} {kind} {value}' for layer, kind, value in listed))
 
     def single_positions(self, patched):
-        some = patched.groupby('grade').head(self.options.single)
+        new = patched[patched['term_before'] == TERMS['new']]
+        some = new.groupby('grade').head(self.options.single)
         joint = LayerEffects.from_frame(some).to_frame().set_index('name')['ratio']
         alone = PatchLayers(self.model, by='position', types='literature')(self.frame.loc[some.index])
         effects = LayerEffects.from_frame(alone)
         table = effects.to_frame()
         self.table(table, 'single')
         self.keep(plot.layers(effects, title=f'{self.name}, one position at a time'), 'single')
-        print(f'\n{len(some)} pairs: {effects.positions}')
+        print(f'\n{len(some)} pairs, term new: {effects.positions}')
         self.print_blocks(table)
         both = table.set_index('name')['ratio'].corr(joint)
         print(f'correlation with the joint patch of the same pairs: {both:.2f}')
