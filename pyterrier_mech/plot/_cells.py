@@ -83,6 +83,8 @@ def values(ax: Axes, matrix: np.ndarray, annotate: int, ink: np.ndarray) -> None
         row, column = np.unravel_index(index, matrix.shape)
         if size[row, column] > 0:
             text = f'{matrix[row, column]:.{decimals}f}'.replace('-', _style.MINUS)
+            if decimals > 2:  # too wide for a cell
+                text = text.replace('0.', '.', 1)
             ax.text(column + 0.5, row + 0.56, text, color=ink[row, column], fontsize=6.5, ha='center', va='center')
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INSERTED = '#b2182b'
+_GAP: Any = {'color': '#bdbdbd', 'linewidth': 0.5, 'linestyle': ':'}
 _PARTS = {'query': 'query', 'doc': 'text', 'inserted': 'text'}
 
 
@@ -23,9 +24,9 @@ def shown(size: np.ndarray, most: int) -> np.ndarray:
 def dividers(ax: Axes, kept: np.ndarray, both: bool = False) -> None:
     """Draws a dotted line where positions are left out, of the columns, or of rows too."""
     for place in (np.flatnonzero(np.diff(kept) > 1) + 1).tolist():
-        ax.axvline(place, color='#8a8a8a', linewidth=0.6, linestyle=':')
+        ax.axvline(place, **_GAP)
         if both:
-            ax.axhline(place, color='#8a8a8a', linewidth=0.6, linestyle=':')
+            ax.axhline(place, **_GAP)
 
 
 def token_ticks(ax: Axes, side: str, tokens: Sequence[str], kinds: Sequence[str] = ()) -> None:
