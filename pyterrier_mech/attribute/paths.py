@@ -57,7 +57,8 @@ class AttributePaths(PatchPaths):
         read = self._read()
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:
-            values, gradients = [{} for _ in inputs.towers], [{} for _ in inputs.towers]
+            values: list[Values] = [{} for _ in inputs.towers]
+            gradients = values
             if read:
                 with model.computing(gradients=True):
                     base = self._ordered([ORIGINAL, PERTURBED])[0]
