@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pyterrier_mech import PatchHeads, PatchLayers, PatchPaths
+from pyterrier_mech import PatchHeads
 from pyterrier_mech.anatomy import families
 from pyterrier_mech.anatomy.edits import columns_of, zeros
 from pyterrier_mech.anatomy.families import Family, register_family  # noqa: F401
@@ -45,7 +45,7 @@ from pyterrier_mech.inputs.tokens import InputMaker, Ragged  # noqa: F401
 from pyterrier_mech.inputs.words import words_of  # noqa: F401
 from pyterrier_mech.patch import engine
 from pyterrier_mech.patch.engine import engine_for, traced
-from pyterrier_mech.patch.variants import Variant, variants_of
+from pyterrier_mech.patch.variants import variants_of
 from pyterrier_mech.perturb._documents import plain_words  # noqa: F401
 from pyterrier_mech.perturb._words import word_spans  # noqa: F401
 from pyterrier_mech.provenance import ANALYSIS, FITTED_ON, Analysis  # noqa: F401
@@ -70,7 +70,7 @@ from pyterrier_mech.rankers.folders import Stated  # noqa: F401
 from pyterrier_mech.rankers.modes import tf32  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
-from pyterrier_mech.units import HEADS, Site, Units, parse  # noqa: F401
+from pyterrier_mech.units import Site, Units  # noqa: F401
 
 alignment_module = sys.modules['pyterrier_mech.inputs.alignment']
 # By its full name: the package may export the function under the name of the module.
@@ -316,40 +316,3 @@ def paths_of_pruned(model, pruned, units, texts):
 def kept_heads(model, units, index):
     gone = {unit.index for unit in Units.of(units) if unit.site == Site('heads', index)}
     return [head for head in range(model.n_heads(index)) if head not in gone]
-
-
-# -- patching of blocks and paths
-
-
-def whole_streams(model, frame):
-    """Scores with the whole residual stream before each layer taken from the perturbed pair [layers, rows]."""
-    stage, versions = PatchLayers(model), two_versions(frame, PatchLayers(model), 'text')
-    inputs = Inputs.pairs(model, *versions, 'a')
-    sites, vectors = model.map.sites('resid_pre'), []
-    with model.computing():
-        engine = engine_for(model)
-        for tower in range(len(model.towers)):
-            _, (base, source) = stage._both(engine, inputs, tower, inputs.good, sites)
-            vectors.append(engine.vectors(base, source.values, [Variant(site) for site in sites], 10_000))
-        return model.read(vectors).numpy(), inputs.good
-
-
-def everything_told(model, frame, sender):
-    """Scores where all later heads read what a sender of the last layer but one tells them, and the stream has it."""
-    stage, versions = PatchPaths(model), two_versions(frame, PatchPaths(model), 'text')
-    inputs, last = Inputs.pairs(model, *versions, 'a'), model.n_layers - 1
-    unit, read, vectors = parse(sender), [Site(kind, last) for kind in 'qkv'], []
-    with model.computing():
-        engine = engine_for(model)
-        for tower in range(len(model.towers)):
-            sites = [Site(HEADS, 0), Site('attn_out', 0), *read]
-            _, (base, source) = stage._both(engine, inputs, tower, inputs.good, sites)
-            told = engine.frozen(base, source.values, variants_of([unit]), read, 10_000)
-            values = {site: value[0] for _, site, value in told if site is not None}
-            put = {site: (lambda _, value=value: value) for site, value in values.items()}
-            reacting = model.map.run(base.batch, edits=put, record=[Site(HEADS, last)]).values
-            mixed, columns = base.values[unit.site].clone(), model.map.layers[last].columns(unit.index)
-            mixed[..., columns] = source.values[unit.site][..., columns]
-            both = {unit.site: lambda _: mixed, Site(HEADS, last): lambda _: reacting[Site(HEADS, last)]}
-            vectors.append(model.map.represent(base.batch, model.readout, edits=both)[0])
-        return model.read(vectors).numpy(), inputs.good

@@ -125,11 +125,11 @@ def test_odd_frames_and_files(tmp_path):
 
 
 def test_an_index_with_the_name_of_a_column(tmp_path):
-    frame = pd.DataFrame({'qid': cells('1', '2'), 'n': [3, 4]})
-    for index in (['qid'], ['n', 'qid']):
-        indexed = frame.set_index(index, drop=False)
-        write_frame(indexed, tmp_path / 'f.parquet')
-        same(read_frame(tmp_path / 'f.parquet'), indexed)
+    indexes = [pd.Index([5, 6], name='tokens'), pd.MultiIndex.from_arrays([[5, 6], [7, 8]], names=['n', 'tokens'])]
+    for index in indexes:
+        frame = pd.DataFrame({'tokens': cells(['a'], ['b', 'c']), 'n': [3, 4]}, index=index)
+        write_frame(frame, tmp_path / 'f.parquet')
+        same(read_frame(tmp_path / 'f.parquet'), frame)
 
 
 def test_what_attribution_writes_is_aggregated_alike_after_it(tmp_path):

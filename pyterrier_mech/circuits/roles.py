@@ -81,7 +81,7 @@ def head_roles(
         seed: Random seed.
 
     Raises:
-        ValueError: If a threshold is out of range, a column is missing, or there are no rows.
+        ValueError: If a threshold is out of range, a column is missing, or there are no rows or rows of other heads.
     """
     limits = _Limits(same, odds, special)
     flows = _flows(frame, tower)
@@ -160,7 +160,7 @@ def head_shares(
     share, expected = (named(kind + flow, tower) for kind in (SHARE, EXPECTED))
     _need(frame, [share, expected])
     check_interval(confidence, n_resamples)
-    values = np.stack([np.asarray(value, dtype=np.float64) for value in frame[share]])
+    values = _stacked(frame, share)
     options = {'confidence': confidence, 'n_resamples': n_resamples, 'seed': seed}
     means = ratio_of_sums(values, np.ones(len(values)), frame['qid'], **options)
     even = float(frame[expected].mean())
@@ -239,7 +239,9 @@ def _sums(frame: pd.DataFrame, flows: list[str], tower: str | None) -> dict[str,
     _, query = np.unique(np.asarray(frame['qid'], dtype=str), return_inverse=True)
 
     def of(column: str) -> np.ndarray:
-        values = np.stack([np.asarray(value, dtype=np.float64) for value in frame[named(column, tower)]])
+        values = _stacked(frame, named(column, tower))
+        if (np.isnan(values) != np.isnan(values[0])).any():
+            raise ValueError(f'the rows have {named(column, tower)!r} of different heads: keep those of one ranker')
         sums = np.zeros((query.max() + 1, *values.shape[1:]))
         np.add.at(sums, query, values)
         return sums
@@ -249,6 +251,17 @@ def _sums(frame: pd.DataFrame, flows: list[str], tower: str | None) -> dict[str,
     for kind, name in ((SHARE, 'same'), (EXPECTED, 'same_even')):
         sums[name] = np.sum([of(f'{kind}{flow}.same_word') for flow in words], axis=0)
     return sums | {REPEATED: of(REPEATED), 'n': np.bincount(query).astype(float)}
+
+
+def _stacked(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """Returns the numbers or arrays of a column, one a row."""
+    try:
+        return np.stack([np.asarray(value, dtype=np.float64) for value in frame[column]])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'the rows of column {column!r} must have arrays of one shape ({error}): keep those of one ranker; arrays '
+            'do not survive CSV, write_frame(frame, path) keeps them'
+        ) from error
 
 
 def _measures(sums: dict[str, np.ndarray]) -> _Measures:

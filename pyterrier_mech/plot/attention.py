@@ -35,7 +35,11 @@ def attention(
     Args:
         row: A row of the frame of `AttentionPatterns`: `attention.L2H9`, `attention_tokens`, and of the original
             `attention_0.L2H9`, `attention_tokens_0`.
+<<<<<<< HEAD
         head: The head, 'L2H9'; of a bi-encoder with the tower before it, 'text.L2H9'.
+=======
+        head: The head, 'L2H9'; of a bi-encoder with its sequence, 'text.L2H9'.
+>>>>>>> attack
         n_tokens: How many tokens are drawn at most: those that give or take the largest weights, special tokens aside.
         figure: Where to draw: an empty figure, or a part of one. Without it, a new figure is made.
         title: Title above the panels.
@@ -79,16 +83,24 @@ def _content(row: Any, head: str) -> list[tuple[str, np.ndarray, list[str]]]:
         row = row.iloc[0]
     sides, tower = [], f'.{head.rpartition(".")[0]}'.rstrip('.')
     for end, name in _SIDES.items():
+<<<<<<< HEAD
         weights, tokens = (row.get(column) for column in (f'attention{end}.{head}', f'attention_tokens{end}{tower}'))
+=======
+        weights, tokens = row.get(f'attention{end}.{head}'), row.get(f'attention_tokens{end}')
+        tokens = row.get(f'attention_tokens{end}.{head.rpartition(".")[0]}', tokens)
+>>>>>>> attack
         if np.ndim(weights) == 0 or np.ndim(tokens) == 0:
             continue
         table, words = np.asarray(weights, dtype=np.float64), [str(token) for token in tokens]
+        if np.isnan(table).all():
+            raise ValueError(f'All attention of {head} is NaN in this row: look at its column attention_aligned.')
         if table.shape != (len(words),) * 2 or not np.isfinite(table).all():
             raise ValueError(f'attention{end}.{head} of shape {table.shape} does not fit {len(words)} tokens')
         sides.append((name, table, words))
     if not sides:
         raise ValueError(
-            f'The row has no attention of {head}: give one that AttentionPatterns(model, [{head!r}]) returned.'
+            f'The row has no attention of {head}: give one that AttentionPatterns(model, [{head!r}]) returned; of a '
+            "bi-encoder, name the sequence too: 'text.L2H9'."
         )
     return [('', *sides[0][1:])] if len(sides) == 1 else sides
 

@@ -270,6 +270,15 @@ def test_bad_thresholds(of_built, settings, message):
         head_roles(of_built, **settings)
 
 
+def test_rows_of_several_rankers_and_of_csv_are_refused():
+    models = [toy_cross_encoder('bert'), with_heads(toy_cross_encoder('bert', fresh=True), 0, [1])]
+    shares = [AttentionShares(model)(frame_of(4)) for model in models]
+    with pytest.raises(ValueError, match='of different heads: keep those of one ranker'):
+        head_roles(pd.concat(shares))
+    with pytest.raises(ValueError, match='arrays do not survive CSV, write_frame'):
+        head_roles(shares[0].map(lambda cell: str(cell) if isinstance(cell, np.ndarray) else cell))
+
+
 def test_roles_need_the_shares(of_built):
     with pytest.raises(ValueError, match=r"no 'attention.query_to_query': pass what AttentionShares\(model\) returned"):
         head_roles(rows())

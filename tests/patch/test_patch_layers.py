@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from inside import sides, whole_streams
+from inside import sides
+from inside_patching import whole_streams
 from oracles import block_places as places
 from toys import FAMILIES, pairs, toy_bi_encoder, toy_cross_encoder, unpatchable_pairs
 

@@ -3,7 +3,8 @@
 import numpy as np
 import paths_by_hooks as oracle
 import pytest
-from inside import everything_told, module_of, sides, tokenizer_of
+from inside import module_of, sides, tokenizer_of
+from inside_patching import everything_told
 from toys import (
     DESCRIBED,
     pairs,

@@ -143,11 +143,22 @@ def test_attention_of_both_versions():
     assert len(plot.attention(pd.DataFrame([one]), 'L2H9').axes) == 2
 
 
+def test_attention_of_one_sequence_of_a_bi_encoder():
+    row = {
+        f'{name}.text' if 'tokens' in name else name.replace('.', '.text.'): v for name, v in attention_row().items()
+    }
+    assert len(plot.attention(row, 'text.L2H9').axes) == 3
+    with pytest.raises(ValueError, match="no attention of L2H9.*name the sequence too: 'text.L2H9'"):
+        plot.attention(row, 'L2H9')
+
+
 def test_errors_of_attention():
     with pytest.raises(ValueError, match='no attention of L1H1: give one that AttentionPatterns'):
         plot.attention(attention_row(), 'L1H1')
     with pytest.raises(ValueError, match=r'attention.L2H9 of shape .2, 2. does not fit 4 tokens'):
         plot.attention({**attention_row(), 'attention.L2H9': np.zeros((2, 2))}, 'L2H9')
+    with pytest.raises(ValueError, match='All attention of L2H9 is NaN in this row: look at its column attention_al'):
+        plot.attention({**attention_row(), 'attention.L2H9': np.full((4, 4), np.nan)}, 'L2H9')
     with pytest.raises(ValueError, match='A frame of 2 rows is not one row'):
         plot.attention(pd.DataFrame([attention_row()] * 2), 'L2H9')
 
