@@ -58,11 +58,7 @@ class AttributePaths(PatchPaths):
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:
             values: list[Values] = [{} for _ in inputs.towers]
-<<<<<<< HEAD
             gradients: list[Values] = list(values)
-=======
-            gradients = values
->>>>>>> attack
             if read:
                 with model.computing(gradients=True):
                     base = self._ordered([ORIGINAL, PERTURBED])[0]

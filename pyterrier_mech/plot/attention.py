@@ -35,11 +35,7 @@ def attention(
     Args:
         row: A row of the frame of `AttentionPatterns`: `attention.L2H9`, `attention_tokens`, and of the original
             `attention_0.L2H9`, `attention_tokens_0`.
-<<<<<<< HEAD
         head: The head, 'L2H9'; of a bi-encoder with the tower before it, 'text.L2H9'.
-=======
-        head: The head, 'L2H9'; of a bi-encoder with its sequence, 'text.L2H9'.
->>>>>>> attack
         n_tokens: How many tokens are drawn at most: those that give or take the largest weights, special tokens aside.
         figure: Where to draw: an empty figure, or a part of one. Without it, a new figure is made.
         title: Title above the panels.
@@ -83,12 +79,7 @@ def _content(row: Any, head: str) -> list[tuple[str, np.ndarray, list[str]]]:
         row = row.iloc[0]
     sides, tower = [], f'.{head.rpartition(".")[0]}'.rstrip('.')
     for end, name in _SIDES.items():
-<<<<<<< HEAD
         weights, tokens = (row.get(column) for column in (f'attention{end}.{head}', f'attention_tokens{end}{tower}'))
-=======
-        weights, tokens = row.get(f'attention{end}.{head}'), row.get(f'attention_tokens{end}')
-        tokens = row.get(f'attention_tokens{end}.{head.rpartition(".")[0]}', tokens)
->>>>>>> attack
         if np.ndim(weights) == 0 or np.ndim(tokens) == 0:
             continue
         table, words = np.asarray(weights, dtype=np.float64), [str(token) for token in tokens]
