@@ -16,7 +16,7 @@ import pyterrier as pt
 from pyterrier_mech.attribute.path import Integrating, warn_of
 from pyterrier_mech.durable.digests import ranker_of, stage_digest
 from pyterrier_mech.durable.rows import Rows, Table, computed, quiet, why_not
-from pyterrier_mech.durable.store import ROW, Store, places_of
+from pyterrier_mech.durable.store import Store, places_of
 from pyterrier_mech.frames import with_columns
 from pyterrier_mech.patch.pairs import PATCHABLE, warn_of_problems
 from pyterrier_mech.provenance import ANALYSIS, Analysis, noted, seen_by, with_seen
@@ -120,9 +120,8 @@ class Resumable(Stage):
         seen: set[str] = set()
 
         def put(places: np.ndarray, name: str, piece: pd.DataFrame) -> None:
-            at = places_of(piece, [rows.digests[place] for place in places])
-            table.put(places, piece.drop(columns=ROW).iloc[at])
             seen.update(seen_by(piece))
+            table.put(places, piece, places_of(piece, [rows.digests[place] for place in places]))
 
         while True:
             files, jobs = self._plan(rows, store, bad)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pyterrier_mech.durable.digests import ranker_of, row_digest
+from pyterrier_mech.durable.store import ROW
 from pyterrier_mech.frames import EDITED, texts_of, two_versions
 from pyterrier_mech.inputs.batching import default_budget
 from pyterrier_mech.rankers.ranker import Ranker
@@ -141,19 +141,20 @@ class Table:
         self.there = np.zeros(n_rows, dtype=bool)
         self.columns: dict[str, np.ndarray] = {}
 
-    def put(self, places: Sequence[int] | np.ndarray, piece: pd.DataFrame) -> None:
-        """Puts the rows of a piece at their places."""
-        for name in piece.columns:
-            values = piece[name]
+    def put(self, places: np.ndarray, piece: pd.DataFrame, at: np.ndarray) -> None:
+        """Puts the rows `at` of a piece at their places."""
+        piece.attrs = {}  # or each column would get a copy of them
+        for name, values in piece.items():
             # Text is of a type of pandas, which it finds again by itself.
             cells = values.to_numpy() if values.dtype.kind in 'biuf' else values.to_numpy(dtype=object)
             if name not in self.columns:
-                self.columns[name] = np.empty(self.n_rows, dtype=cells.dtype)
-            self.columns[name][places] = cells
+                self.columns[str(name)] = np.empty(self.n_rows, dtype=cells.dtype)
+            self.columns[str(name)][places] = cells[at]
         self.there[places] = True
 
     def rows(self, place: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the columns with a row for each of `place`."""
+        """Returns the columns of the stage with a row for each of `place`."""
+        columns = {name: values for name, values in self.columns.items() if name != ROW}
         if np.array_equal(place, np.arange(self.n_rows)):
-            return self.columns
-        return {name: values[place] for name, values in self.columns.items()}
+            return columns
+        return {name: values[place] for name, values in columns.items()}

@@ -296,3 +296,13 @@ def test_what_makes_no_difference_has_the_same_digest():
         (PatchLayers(model, sites=('mlp_out',)), PatchLayers(copied, sites=['mlp_out'], verbose=True)),
     ]:
         assert inside.stage_digest(one) == inside.stage_digest(other)
+
+
+def test_a_setting_that_is_changed_later_is_obeyed(tmp_path):
+    inp, stage = pairs(4), Resumable(PatchHeads(toy_cross_encoder(), heads=['L0H0']), tmp_path)
+    stage(inp)
+    stage.stage.heads = ['L1H1']
+    close(stage(inp), PatchHeads(toy_cross_encoder(), heads=['L1H1'])(inp))
+    stage.folder = tmp_path / 'other'
+    stage(inp)
+    assert len(files(tmp_path)) == 2 and len(files(tmp_path / 'other')) == 1
