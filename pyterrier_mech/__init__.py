@@ -30,7 +30,7 @@ from pyterrier_mech.perturb import (
     perturbation,
 )
 from pyterrier_mech.prune import PrunedReranker
-from pyterrier_mech.rankers import BiEncoder, CrossEncoder
+from pyterrier_mech.rankers import BiEncoder, ColBERT, CrossEncoder, Splade
 from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, NeuronEffects
 from pyterrier_mech.units import Units
 
@@ -39,9 +39,11 @@ __all__ = [
     # rankers, and with an intervention
     'AblatedReranker',
     'BiEncoder',
+    'ColBERT',
     'CrossEncoder',
     'PatchedReranker',
     'PrunedReranker',
+    'Splade',
     # edits
     'LNC1',
     'LNC2',
