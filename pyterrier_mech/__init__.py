@@ -14,7 +14,15 @@ from pyterrier_mech.attribute import (
     AttributeTokens,
 )
 from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
-from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
+from pyterrier_mech.patch import (
+    AblatedReranker,
+    AblateHeads,
+    PatchedReranker,
+    PatchHeads,
+    PatchLayers,
+    PatchParts,
+    PatchPaths,
+)
 from pyterrier_mech.perturb import (
     LNC1,
     LNC2,
@@ -68,6 +76,7 @@ __all__ = [
     'AttributeTokens',
     'PatchHeads',
     'PatchLayers',
+    'PatchParts',
     'PatchPaths',
     # results
     'AxiomProfile',

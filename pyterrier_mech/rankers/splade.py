@@ -70,8 +70,9 @@ class Splade(TwoTowers):
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the dot products [...] of what was read out of queries and texts, [..., pairs, tokens, d + 1]."""
+        shape = torch.broadcast_shapes(*(part.shape[:-2] for part in vectors))
         done = [(query * text).sum(-1) for query, text, _ in self.terms(vectors)]
-        return torch.stack(done, dim=-1)
+        return torch.stack(done, dim=-1).expand(shape)
 
     def terms(self, vectors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields, pair by pair, the weights [..., terms] of query and text for the terms that the query has, and these.
@@ -87,7 +88,7 @@ class Splade(TwoTowers):
             if found is None or not torch.equal(found[0], query):  # equal queries stand together
                 found = query, self._raised(readout.weights(query))
             weights = found[1]
-            chosen = (weights > 0).flatten(0, -2).any(0).nonzero().squeeze(-1)
+            chosen = (weights > 0).reshape(-1, weights.shape[-1]).any(0).nonzero().squeeze(-1)
             yield weights[..., chosen], self._raised(readout.weights(text, chosen)), chosen
 
     @staticmethod
