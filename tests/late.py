@@ -116,3 +116,24 @@ def toy_colbert(family='bert', **settings):
 def toy_splade(family='bert', **settings):
     """A new ranker around a toy masked language model."""
     return Splade(_toy(family, True)[0], tokenizer=tokenizer_for(family), **{'max_length': 60, **settings})
+
+
+# -- around a module that a test has
+
+
+@functools.cache
+def projected_around(module):
+    """The encoder of a module, with a random map behind it; for one module always the same."""
+    linear = nn.Linear(module.config.hidden_size, 12, bias=False)
+    nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(3))
+    return ProjectedEncoder(module.base_model, linear.to(module.dtype))
+
+
+@functools.cache
+def masked_around(module):
+    """The encoder of a BERT, with a random head for masked tokens; for one module always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        masked = BertForMaskedLM(module.config).to(module.dtype).eval()
+    masked.bert = module.base_model
+    return masked
