@@ -23,7 +23,15 @@ from pyterrier_mech.circuits import (
     head_shares,
 )
 from pyterrier_mech.durable import Distributed, Resumable
-from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
+from pyterrier_mech.patch import (
+    AblatedReranker,
+    AblateHeads,
+    PatchedReranker,
+    PatchHeads,
+    PatchLayers,
+    PatchParts,
+    PatchPaths,
+)
 from pyterrier_mech.perturb import (
     LNC1,
     LNC2,
@@ -39,7 +47,7 @@ from pyterrier_mech.perturb import (
     perturbation,
 )
 from pyterrier_mech.prune import PrunedReranker
-from pyterrier_mech.rankers import BiEncoder, CrossEncoder
+from pyterrier_mech.rankers import BiEncoder, ColBERT, CrossEncoder, Splade
 from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, LayerEffects, NeuronEffects, PathEffects
 from pyterrier_mech.tables import read_frame, write_frame
 from pyterrier_mech.units import Units
@@ -49,9 +57,11 @@ __all__ = [
     # rankers, and with an intervention
     'AblatedReranker',
     'BiEncoder',
+    'ColBERT',
     'CrossEncoder',
     'PatchedReranker',
     'PrunedReranker',
+    'Splade',
     # edits
     'LNC1',
     'LNC2',
@@ -77,6 +87,7 @@ __all__ = [
     'AttributeTokens',
     'PatchHeads',
     'PatchLayers',
+    'PatchParts',
     'PatchPaths',
     # results
     'AxiomProfile',

@@ -4,6 +4,7 @@ import tempfile
 
 import numpy as np
 import torch
+from late import masked_around, projected_around
 from toys import frame_of, pairs, reference, wordpiece_tokenizer
 
 from pyterrier_mech import (
@@ -19,14 +20,17 @@ from pyterrier_mech import (
     AttributePaths,
     AttributeTokens,
     BiEncoder,
+    ColBERT,
     CrossEncoder,
     PatchedReranker,
     PatchHeads,
     PatchLayers,
+    PatchParts,
     PatchPaths,
     Perturb,
     PrunedReranker,
     Resumable,
+    Splade,
     perturbation,
 )
 from pyterrier_mech.prune import Random
@@ -42,6 +46,19 @@ def cross(model, **settings):
 def bi(model, **settings):
     tokenizer = None if isinstance(model, str) else wordpiece_tokenizer()
     return BiEncoder(model, tokenizer=tokenizer, pooling='mean', **settings)
+
+
+def late(model, **settings):
+    if isinstance(model, str):
+        return ColBERT(model, **settings)
+    return ColBERT(
+        projected_around(model), tokenizer=wordpiece_tokenizer(), **{'max_length': 60, 'query_length': 14, **settings}
+    )
+
+
+def sparse(model, **settings):
+    tokenizer = None if isinstance(model, str) else wordpiece_tokenizer()
+    return Splade(model if isinstance(model, str) else masked_around(model), tokenizer=tokenizer, **settings)
 
 
 def pruned(model, **settings):
@@ -77,10 +94,18 @@ def edited():
 STAGES = {
     'CrossEncoder': (cross, plain, False),
     'BiEncoder': (bi, plain, False),
+    'ColBERT': (late, plain, False),
+    'Splade': (sparse, plain, False),
     'Perturb': (lambda model, **settings: Perturb(TFC1(), **settings), plain, True),
     'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
     'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
     'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
+    'PatchHeads of a ColBERT': (lambda model, **settings: PatchHeads(late(model), **settings), edited, True),
+    'PatchHeads of a Splade': (lambda model, **settings: PatchHeads(sparse(model), **settings), edited, True),
+    'PatchParts of a ColBERT': (
+        lambda model, **settings: PatchParts(late(model), ['L0H1'], **settings), edited, True
+    ),
+    'PatchParts of a Splade': (lambda model, **settings: PatchParts(sparse(model), **settings), edited, True),
     'PatchLayers': (lambda model, **settings: PatchLayers(cross(model), **settings), edited, True),
     'PatchLayers by position': (
         lambda model, **settings: PatchLayers(bi(model), sites=['mlp_out'], by='position', **settings), edited, True

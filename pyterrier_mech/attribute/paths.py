@@ -95,7 +95,8 @@ class AttributePaths(PatchPaths):
         receivers = self._receivers()
         both, (base, source) = self._frozen_sides(engine, inputs, tower, rows)
         to_score = len(senders) if None in receivers else 0
-        vectors = torch.cat([both, self._ordered(both)[0].expand(to_score, -1, -1)])
+        plain = self._ordered(both)[0]
+        vectors = torch.cat([both, plain.expand(to_score, *plain.shape)])
         effects = both.new_zeros(len(number), len(rows))
         active = [senders[i] for i in changing(model.map, base, source.values, senders)]
         if not active:

@@ -38,7 +38,7 @@ class PlainTower:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every row, special tokens included."""
-        return np.sum([part.lengths for part in self.parts], axis=0) + self.maker.template(len(self.parts)).n_special
+        return self.maker.totals([part.lengths for part in self.parts])
 
     def ids(self, row: int) -> np.ndarray:
         """Returns the token ids of a row [tokens]."""
@@ -58,7 +58,7 @@ class PlainTower:
             else ['doc_match' if token in query else 'doc_other' for token in part.row(row).tolist()]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
-        return template.framed(parts, template.special_types())
+        return self.maker.filled(template.framed(parts, template.special_types()), 'sep')
 
     def placed(self, row: int) -> list[Placed]:
         """Returns field and token of every position of a row, twice the same."""
@@ -67,7 +67,8 @@ class PlainTower:
             [(field, token, token) for token in range(int(part.lengths[row]))]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
-        return template.framed(parts, [[('', None, None)] * len(tokens) for tokens in template.specials])
+        special: Placed = ('', None, None)
+        return self.maker.filled(template.framed(parts, [[special] * len(ones) for ones in template.specials]), special)
 
     def changed(self, row: int) -> list[bool]:
         """There is one version."""
@@ -78,7 +79,7 @@ class PlainTower:
         return True
 
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, attention mask and segment ids of some rows."""
+        """Returns ids, mask (`TOKEN`, `FILLED` or 0) and segment ids of some rows."""
         return self.maker.joined([part.take(rows) for part in self.parts])
 
 
@@ -119,7 +120,7 @@ class AlignedTower:
         return bool(self.alignments[row].problem)
 
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, attention mask and segment ids of one side of some rows."""
+        """Returns ids, mask (`TOKEN`, `FILLED` or 0) and segment ids of one side of some rows."""
         picked = [self.alignments[row] for row in rows]
         names = ((side, self.pad), (f'{side}_mask', 0), ('segments', 0))
         ids, mask, segments = (_padded([getattr(one, name) for one in picked], fill) for name, fill in names)
@@ -168,23 +169,26 @@ class Inputs:
         values = checked_rows(queries, texts)
         ids = {field: model.tokenize(field, values[field]) for field in values}
         query = ids['query'] if types else None
-        towers = [PlainTower(model.maker, [ids[field] for field in tower], tower, query) for tower in model.towers]
+        towers = [
+            PlainTower(model.maker_of(tower), [ids[field] for field in tower], tower, query) for tower in model.towers
+        ]
         return cls(model, towers, [''] * len(values['query']), [values] if types else [])
 
     @classmethod
     def of_field(cls, model: Any, field: str, texts: Sequence[str]) -> Inputs:
         """Makes the inputs of the tower of a bi-encoder that reads one field alone."""
-        return cls(model, [PlainTower(model.maker, [model.tokenize(field, texts)], (field,), None)], [''] * len(texts))
+        tower = PlainTower(model.maker_of((field,)), [model.tokenize(field, texts)], (field,), None)
+        return cls(model, [tower], [''] * len(texts))
 
     @classmethod
     def pairs(cls, model: Any, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
         """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
-        aligner = Aligner(model.maker, filler)
+        aligners = {tower: Aligner(model.maker_of(tower), filler) for tower in model.towers}
         ids = [{field: model.tokenize(field, texts[field]) for field in texts} for texts in (original, perturbed)]
 
-        def align(tower: Sequence[str], row: int) -> Alignment:
+        def align(tower: tuple[str, ...], row: int) -> Alignment:
             before, after = ([side[field].row(row) for field in tower] for side in ids)
-            return aligner.align(before, after, tower, query=ids[1]['query'].row(row))
+            return aligners[tower].align(before, after, tower, query=ids[1]['query'].row(row))
 
         aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in model.towers]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
@@ -214,17 +218,18 @@ class Inputs:
         model = self.model
         lengths = self.towers[tower].lengths[np.asarray(rows)]
         ids, mask, segments = self.towers[tower].arrays(np.asarray(rows), side)
-        device = model.map.device
-        inputs = {'input_ids': torch.from_numpy(ids).to(device), 'attention_mask': torch.from_numpy(mask).to(device)}
-        if model.maker.uses_segments:
+        fields = self.towers[tower].fields
+        maker, device = model.maker_of(fields), model.map.device
+        attended, shown = (torch.from_numpy(part).to(device) for part in (maker.attended(mask), (mask > 0).astype(int)))
+        inputs = {'input_ids': torch.from_numpy(ids).to(device), 'attention_mask': attended}
+        if maker.uses_segments:
             inputs['token_type_ids'] = torch.from_numpy(segments).to(device)
-        if int(mask.sum()) != int(lengths.sum()):
-            first, counted = first_position(model.map.base.config), inputs['attention_mask']
+        if int(shown.sum()) != int(lengths.sum()):
+            first, counted = first_position(model.map.base.config), shown
             if first:  # such models do not count padding tokens, wherever they stand
                 counted = counted * (inputs['input_ids'] != first - 1)
             inputs['position_ids'] = (counted.cumsum(1) * counted - 1 + first).clamp(min=0)
-        shown = inputs['attention_mask']
-        return Batch(inputs, shown * (shown.cumsum(1) > model.unscored(self.towers[tower].fields)))
+        return Batch(inputs, model.scored(fields, inputs['input_ids'], shown))
 
     def types(
         self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True, scheme: str = 'basic'

@@ -168,7 +168,7 @@ class PatchPaths(Patching):
         receivers = [receiver for receiver in self._receivers() if receiver is not None]
         both, (base, source) = self._frozen_sides(engine, inputs, tower, rows)
         plain = self._ordered(both)[0]
-        vectors = torch.cat([both, plain.expand(len(number), -1, -1)])
+        vectors = torch.cat([both, plain.expand(len(number), *plain.shape)])
         active = [senders[i] for i in changing(self.model.map, base, source.values, senders)]
         if not active:
             return vectors

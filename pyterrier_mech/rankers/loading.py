@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -27,7 +33,7 @@ DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat1
 
 ADAPTER = 'adapter_config.json'
 PRUNED = 'pruned.json'
-WEIGHTS = 'model.safetensors'
+WEIGHTS, _OLD_WEIGHTS = 'model.safetensors', 'pytorch_model.bin'
 Counts = tuple[list[int], list[int]]
 
 _BUFFERS: dict[str, Callable[[torch.Size], torch.Tensor]] = {
@@ -108,8 +114,10 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Loads an encoder, with its classification head if asked for, in evaluation mode.
+def load_module(
+    name: str, *, classifier: bool, dtype: torch.dtype, device: torch.device, masked: bool = False
+) -> nn.Module:
+    """Loads an encoder, with its head for classification or for masked tokens if asked for, in evaluation mode.
 
     A folder or repository with a file `PRUNED` is loaded at its own smaller sizes.
 
@@ -120,15 +128,16 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
     """
     config = load_config(name)
     family_of(config.model_type)
-    auto = AutoModelForSequenceClassification if classifier else AutoModel
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForMaskedLM if masked else AutoModel
     if (counts := kept_counts(name)) is not None:
         return _load_pruned(name, auto, config, counts, dtype).to(device).eval()
     module, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     # A pooler that the checkpoint lacks is read by no bi-encoder.
-    if missing := [key for key in info['missing_keys'] if classifier or 'pooler' not in key]:
+    if missing := [key for key in info['missing_keys'] if classifier or masked or 'pooler' not in key]:
         raise ValueError(
             f'the checkpoint {name!r} has no weights for {", ".join(sorted(missing))}, so they would be random. '
             + ('It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.' if classifier else '')
+            + ('It is no masked language model: use BiEncoder, or a fine-tuned checkpoint.' if masked else '')
         )
     if unused := sorted(key for key in info['unexpected_keys'] if _has_place(key, module)):
         raise ValueError(
@@ -298,6 +307,28 @@ def in_lower_case(tokenizer: Any) -> Any:
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
     return tokenizer
+
+
+def load_tensors(name: str, folder: str = '', only: str = '') -> dict[str, torch.Tensor]:
+    """Returns the weights that lie in a folder of a model, or in the model's own; those whose name begins with `only`.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    prefix = f'{folder}/' if folder else ''
+    if (index := load_json(name, f'{prefix}{WEIGHTS}.index.json')) is not None:
+        parts = sorted({part for key, part in index['weight_map'].items() if key.startswith(only)})
+    else:
+        parts = [WEIGHTS, _OLD_WEIGHTS]
+    state: dict[str, torch.Tensor] = {}
+    for part in parts:
+        path = cached_file(name, prefix + part, _raise_exceptions_for_missing_entries=False)
+        if path is None or (part == _OLD_WEIGHTS and state):
+            continue
+        state |= torch.load(path, weights_only=True, map_location='cpu') if part == _OLD_WEIGHTS else load_file(path)
+    if not state:
+        raise FileNotFoundError(f'the model {name!r} has no weights in {prefix + WEIGHTS}: save it again')
+    return {key: tensor for key, tensor in state.items() if key.startswith(only)}
 
 
 def load_json(name: str, file: str) -> Any:
