@@ -15,6 +15,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
+from late import masked_around
 from toys import QUERIES, TEXTS, toy_module
 
 import pyterrier_mech
@@ -29,6 +30,11 @@ PARTS = {
 }
 PAGES = [file for file in FILES if file not in PARTS]
 
+# What a ColBERT states, and the weights that it has beside its encoder.
+STANFORD = {
+    'config.json': {'architectures': ['HF_ColBERT']},
+    'artifact.metadata': {'query_maxlen': 16, 'doc_maxlen': 60},
+}
 # What the bi-encoders among the fakes state.
 SIDECARS = {
     'modules.json': [
@@ -94,10 +100,13 @@ def world(tmp_path, monkeypatch):
     module.save_pretrained('my-model')
     tokenizer.save_pretrained('my-model')
 
-    def load_module(name, *, classifier, dtype, device):
-        return toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
+    def load_module(name, *, classifier, dtype, device, masked=False):
+        toy = toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
+        return masked_around(toy) if masked else toy
 
     def load_json(name, file):
+        if name.startswith('colbert-ir/'):
+            return STANFORD.get(file)
         return SIDECARS.get(file) if name.startswith('sentence-transformers/') else None
 
     toys = {
@@ -105,6 +114,7 @@ def world(tmp_path, monkeypatch):
         'load_config': lambda name: module.config,
         'load_tokenizer': lambda name: tokenizer,
         'load_json': load_json,
+        'load_tensors': lambda name, *_: {'linear.weight': torch.eye(8, 32)},
     }
     inside.load_names_as(monkeypatch, toys)
     with patch.dict(inside.PLACES), patch.dict(inside.READOUTS):  # what a page adds is forgotten

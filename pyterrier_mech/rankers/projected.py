@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyterrier_mech.rankers import loading
 from pyterrier_mech.rankers.folders import read
-from pyterrier_mech.rankers.loading import load_tensors
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
@@ -66,7 +66,7 @@ def load_projection(name: str, folders: Sequence[str]) -> nn.Module:
 
 
 def _dense(name: str, folder: str) -> nn.Module:
-    state = load_tensors(name, folder, '' if folder else 'linear.')
+    state = loading.load_tensors(name, folder, '' if folder else 'linear.')
     if not folder:
         d_out, d_in = state['linear.weight'].shape
         settings: dict[str, Any] = {'in_features': d_in, 'out_features': d_out, 'bias': 'linear.bias' in state}

@@ -24,7 +24,7 @@ def material(count):
     return queries, texts
 
 
-def assert_same(folder, count=24, **settings):
+def assert_same(folder, count=12, **settings):
     """MaxSim of all tokens is a sum of 32 products: one part in a million of it, in float32."""
     queries, texts = material(count)
     theirs = transformers.MultiVectorEncoder(str(folder), device='cpu')
@@ -96,7 +96,7 @@ def sparse(folder, pooling='max', activation='relu', prompts=None, **settings):
     return folder / 'st'
 
 
-def assert_same_terms(folder, count=24):
+def assert_same_terms(folder, count=12):
     queries, texts = material(count)
     theirs = transformers.SparseEncoder(str(folder), device='cpu')
     query, text = (
@@ -199,6 +199,6 @@ def test_settings_are_obeyed_when_they_are_changed_later():
     np.testing.assert_allclose(changed, late.toy_colbert(query_length=20).score(QUERIES, TEXTS), rtol=1e-12)
     assert np.abs(changed - before).min() > 1e-3 and model != late.toy_colbert()
     model.expand = False
-    assert {len(one) for one in model.encode('query', QUERIES)} == {6, 7}
+    assert {len(one) for one in model.encode('query', QUERIES)} == {7}
     model.skip_punctuation = False
     assert len(model.encode('text', ['a . b'])[0]) == 6
