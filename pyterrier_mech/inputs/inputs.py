@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from pyterrier_mech.anatomy.model import Batch, first_position
@@ -248,6 +249,25 @@ class Inputs:
         places = {name: place for place, name in enumerate(SCHEMES.get(scheme, ()))}
         names = [self.towers[tower].types(row, inserted, scheme) for row in rows]
         return _padded([[places[name] for name in row] for row in names], -1)
+
+
+_ALIGNED = ['qid', 'docno', 'position', 'original', 'perturbed', 'change', 'type', 'patchable']
+
+
+def aligned_frame(inputs: Inputs | None, frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns how the two versions of every row of a frame stand side by side; see `Ranker.align`."""
+    if inputs is None:
+        return pd.DataFrame(columns=_ALIGNED, index=frame.index)
+    tokenizer, parts = inputs.model.maker.tokenizer, []
+    for row, problem in enumerate(inputs.problems):
+        towers = [tower.alignments[row] for tower in inputs.towers if isinstance(tower, AlignedTower)]
+        part = pd.concat([one.to_frame(tokenizer) for one in towers], ignore_index=True)
+        if problem == UNALIGNED:
+            part[['perturbed', 'change']] = None
+        named = {name: frame[name].iloc[row] for name in ('qid', 'docno')}
+        parts.append(part.assign(**named, position=part.index, patchable=problem or 'yes'))
+    index = frame.index.repeat([len(part) for part in parts])
+    return pd.concat(parts)[_ALIGNED].set_axis(index, axis=0)
 
 
 def _fine_types(tower: Tower, row: int, inserted: bool, scheme: str) -> Sequence[str]:

@@ -18,9 +18,8 @@ import torch
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
 from pyterrier_mech.frames import texts_of, two_versions
-from pyterrier_mech.inputs.alignment import UNALIGNED
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
-from pyterrier_mech.inputs.inputs import ORIGINAL, AlignedTower, Inputs
+from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs, aligned_frame
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.provenance import with_seen
 from pyterrier_mech.rankers import loading
@@ -30,8 +29,6 @@ from pyterrier_mech.stage import Stage
 from pyterrier_mech.units import HEADS, NEURONS, Site
 
 Edits = Mapping[Site, Edit]
-
-_ALIGNED = ['qid', 'docno', 'position', 'original', 'perturbed', 'change', 'type', 'patchable']
 
 
 @dataclass(eq=False, repr=False)
@@ -114,18 +111,7 @@ class Ranker(Stage):
             arrays of `PatchLayers`.
         """
         versions = two_versions(frame, self, self.text_field)
-        if not len(frame):
-            return pd.DataFrame(columns=_ALIGNED, index=frame.index)
-        inputs, parts = Inputs.pairs(self, *versions, filler), []
-        for row, problem in enumerate(inputs.problems):
-            towers = [tower.alignments[row] for tower in inputs.towers if isinstance(tower, AlignedTower)]
-            part = pd.concat([one.to_frame(self.maker.tokenizer) for one in towers], ignore_index=True)
-            if problem == UNALIGNED:
-                part[['perturbed', 'change']] = None
-            named = {name: frame[name].iloc[row] for name in ('qid', 'docno')}
-            parts.append(part.assign(**named, position=part.index, patchable=problem or 'yes'))
-        index = frame.index.repeat([len(part) for part in parts])
-        return pd.concat(parts)[_ALIGNED].set_axis(index, axis=0)
+        return aligned_frame(Inputs.pairs(self, *versions, filler) if len(frame) else None, frame)
 
     # -- the handle
 
@@ -211,13 +197,7 @@ class Ranker(Stage):
         return self.maker
 
     def scored(self, fields: Sequence[str], ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """Returns 1 where a token counts when a tower's sequences are read out [rows, tokens].
-
-        Args:
-            fields: What the tower reads.
-            ids: Token ids [rows, tokens].
-            shown: 1 where there is a token [rows, tokens].
-        """
+        """Returns 1 where a token counts when a tower is read out, from 1 where there is one; all [rows, tokens]."""
         if len(fields) > 1:
             return shown
         unscored = self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
