@@ -79,14 +79,14 @@ def test_strongest_heads_are_labelled():
     assert len(_texts(plot.heads(_effects(UNEVEN), annotate=99).axes[0])) == 4
 
 
-@pytest.mark.parametrize('largest, text', [(30.0, '30'), (3.14159, '3.1'), (0.5, '0.50'), (0.012345, '0.012')])
+@pytest.mark.parametrize('largest, text', [(30.0, '30'), (3.14159, '3.1'), (0.5, '0.50'), (0.012345, '.012')])
 def test_labels_have_two_digits(largest, text):
     assert _texts(plot.heads(_effects([[largest, 0.0]])).axes[0]) == {(0, 0): text}
 
 
 def test_mean():
     axes, bar = plot.heads(_effects(UNEVEN), column='mean', annotate=1).axes
-    assert bar.get_ylabel() == 'mean score change (logits)'
+    assert bar.get_ylabel() == 'mean score change'
     assert _texts(axes) == {(0, 1): '\u22121.0'}
 
 
