@@ -112,7 +112,7 @@ def test_what_is_drawn_of_one_row():
     assert second.get_xticklabels()[2].get_fontweight() == 'bold'
     assert [line.get_xdata()[0] for line in second.lines] == [2]  # where tokens are left out
     assert [text.get_text() for text in first.texts] == ['query', 'text']
-    assert bar.get_ylabel() == 'score change (logits)'
+    assert bar.get_ylabel() == 'score change'
     assert len(plot.layers(dict(position_row())).axes) == 3
     note = str(Analysis('PatchLayers', {'effect': 'normalized'}, ['resid_pre.L0']))
     assert plot.layers(position_row(analysis=note)).axes[-1].get_ylabel() == 'share of the score change'

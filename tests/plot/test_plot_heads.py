@@ -86,7 +86,7 @@ def test_labels_have_two_digits(largest, text):
 
 def test_mean():
     axes, bar = plot.heads(_effects(UNEVEN), column='mean', annotate=1).axes
-    assert bar.get_ylabel() == 'mean score change (logits)'
+    assert bar.get_ylabel() == 'mean score change'
     assert _texts(axes) == {(0, 1): '\u22121.0'}
 
 
