@@ -55,7 +55,20 @@ class MeanTokens:
         return (hidden * weight).sum(-2) / weight.sum(-2)
 
 
-READOUTS: dict[str, Readout] = {'cls': FirstToken(), 'mean': MeanTokens()}
+class LastToken:
+    """The last token that counts."""
+
+    def at(self, scored: torch.Tensor) -> torch.Tensor:
+        """Returns its position in every row; 0 where no token counts."""
+        return (scored * torch.arange(scored.shape[-1], device=scored.device)).argmax(-1)
+
+    def represent(self, hidden: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        """Returns its hidden state."""
+        places = self.at(scored).expand(hidden.shape[:-2])[..., None, None]
+        return hidden.gather(-2, places.expand(*hidden.shape[:-2], 1, hidden.shape[-1])).squeeze(-2)
+
+
+READOUTS: dict[str, Readout] = {'cls': FirstToken(), 'mean': MeanTokens(), 'last': LastToken()}
 
 
 def picked(x: torch.Tensor, at: torch.Tensor | int) -> torch.Tensor:

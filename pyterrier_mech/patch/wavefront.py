@@ -147,7 +147,7 @@ class Wavefront:
         if at is not None:
             x, z, per_head = picked(x, at), picked(z, at), torch.stack([picked(one, at) for one in per_head])
         heads = [variant.unit or 0 for variant in block]
-        moved = into_stream(layer, per_head, heads)
+        moved = into_stream(layer, per_head, block[0].site.kind, heads)
         if at is not None or layer.family.norm_first or layer.family.gated:
             return layer.after_attention(x, moved.add_(layer.attention_out(z)))
         if index not in self._folded:

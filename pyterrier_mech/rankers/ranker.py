@@ -171,7 +171,10 @@ class Ranker(Stage):
         """
         if kind != NEURONS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
             config, kept = loading.load_config(self._name), loading.kept_counts(self._name)
-            counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
+            heads = config.num_attention_heads
+            if kind in ('k', 'v'):
+                heads = getattr(config, 'num_key_value_heads', None) or heads
+            counts = kept[0] if kept is not None else [heads] * config.num_hidden_layers
             return {Site(kind, layer): count for layer, count in enumerate(counts)}
         return self.map.counts(kind)
 
