@@ -30,7 +30,7 @@ from pyterrier_mech.perturb import (
     perturbation,
 )
 from pyterrier_mech.prune import PrunedReranker
-from pyterrier_mech.rankers import BiEncoder, CrossEncoder
+from pyterrier_mech.rankers import BiEncoder, CausalReranker, CrossEncoder
 from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, NeuronEffects
 from pyterrier_mech.units import Units
 
@@ -39,6 +39,7 @@ __all__ = [
     # rankers, and with an intervention
     'AblatedReranker',
     'BiEncoder',
+    'CausalReranker',
     'CrossEncoder',
     'PatchedReranker',
     'PrunedReranker',

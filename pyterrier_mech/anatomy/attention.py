@@ -37,9 +37,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return torch.bmm(torch.softmax(scores, dim=-1), v).view(rows, heads, tokens, width)
 
 
-def attend_after(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, past: Past
-) -> torch.Tensor:
+def attend_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, past: Past) -> torch.Tensor:
     """Returns the outputs of attention to earlier tokens, which rows share, and to the row's own.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 
 from pyterrier_mech.anatomy.layers import Context, Layer
 from pyterrier_mech.frames import texts_of, with_columns
-from pyterrier_mech.inputs.alignment import TYPES
+from pyterrier_mech.inputs.alignment import PROMPT, TYPES
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.engine import traced
@@ -30,7 +30,7 @@ ROLES = ('query-focused', 'document-focused', 'matching', 'special-token', 'mixe
 SHARE, EXPECTED, ODDS = 'attention.', 'expected.', 'odds.'
 
 _CLS, _QUERY, _SEP, _DOCUMENT = range(4)
-_GROUP_OF = {'cls': _CLS, 'query': _QUERY, 'sep': _SEP, 'doc_match': _DOCUMENT, 'doc_other': _DOCUMENT}
+_GROUP_OF = {'cls': _CLS, 'query': _QUERY, 'sep': _SEP, 'doc_match': _DOCUMENT, 'doc_other': _DOCUMENT, PROMPT: _SEP}
 # Which words look above expectation where: any other set of flows has no name.
 _ROLE_OF = {
     frozenset({'query_to_query'}): 'query-focused',
@@ -147,7 +147,7 @@ def _flows(masses: np.ndarray) -> np.ndarray:
 
 def _groups(inputs: Inputs, rows: np.ndarray) -> np.ndarray:
     """Returns the group of every position [rows, tokens], -1 for padding."""
-    of_type = np.asarray([*(_GROUP_OF.get(kind, -1) for kind in TYPES), -1])
+    of_type = np.asarray([*(_GROUP_OF.get(kind, -1) for kind in (*TYPES, PROMPT)), -1])
     return of_type[inputs.types(0, rows, inserted=False)]
 
 

@@ -11,7 +11,16 @@ import torch
 from pyterrier_mech.anatomy.model import Batch, first_position
 from pyterrier_mech.anatomy.readouts import FirstToken
 from pyterrier_mech.frames import Fields
-from pyterrier_mech.inputs.alignment import HIDDEN, MASK_FILLER, SCHEMES, UNALIGNED, UNCHANGED, Aligner, Alignment
+from pyterrier_mech.inputs.alignment import (
+    HIDDEN,
+    MASK_FILLER,
+    PROMPT,
+    SCHEMES,
+    UNALIGNED,
+    UNCHANGED,
+    Aligner,
+    Alignment,
+)
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.inputs.words import Placed, RowWords
 
@@ -53,8 +62,8 @@ class PlainTower:
         query = set(self.query.row(row).tolist())
         template = self.maker.template(len(self.parts))
         parts = [
-            ['query'] * int(part.lengths[row])
-            if field == 'query'
+            [field or PROMPT] * int(part.lengths[row])
+            if field != 'text'
             else ['doc_match' if token in query else 'doc_other' for token in part.row(row).tolist()]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
@@ -64,7 +73,7 @@ class PlainTower:
         """Returns field and token of every position of a row, twice the same."""
         template = self.maker.template(len(self.parts))
         parts: list[list[Placed]] = [
-            [(field, token, token) for token in range(int(part.lengths[row]))]
+            [(field, token, token) if field else ('', None, None) for token in range(int(part.lengths[row]))]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
         return template.framed(parts, [[('', None, None)] * len(tokens) for tokens in template.specials])
@@ -166,27 +175,30 @@ class Inputs:
             ValueError: If they differ in number.
         """
         values = checked_rows(queries, texts)
-        ids = {field: model.tokenize(field, values[field]) for field in values}
-        query = ids['query'] if types else None
-        towers = [PlainTower(model.maker, [ids[field] for field in tower], tower, query) for tower in model.towers]
+        parts = [model.parts(values, tower) for tower in model.towers]
+        query = _query(parts) if types else None
+        towers = [PlainTower(model.maker, *_split(tower), query) for tower in parts]
         return cls(model, towers, [''] * len(values['query']), [values] if types else [])
 
     @classmethod
     def of_field(cls, model: Any, field: str, texts: Sequence[str]) -> Inputs:
         """Makes the inputs of the tower of a bi-encoder that reads one field alone."""
-        return cls(model, [PlainTower(model.maker, [model.tokenize(field, texts)], (field,), None)], [''] * len(texts))
+        parts = model.parts({field: texts}, (field,))
+        return cls(model, [PlainTower(model.maker, *_split(parts), None)], [''] * len(texts))
 
     @classmethod
     def pairs(cls, model: Any, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
         """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
         aligner = Aligner(model.maker, filler)
-        ids = [{field: model.tokenize(field, texts[field]) for field in texts} for texts in (original, perturbed)]
+        sides = [[model.parts(texts, tower) for tower in model.towers] for texts in (original, perturbed)]
+        query = _query(sides[1])
 
-        def align(tower: Sequence[str], row: int) -> Alignment:
-            before, after = ([side[field].row(row) for field in tower] for side in ids)
-            return aligner.align(before, after, tower, query=ids[1]['query'].row(row))
+        def align(tower: int, row: int) -> Alignment:
+            before, after = ([ids.row(row) for _, ids in side[tower]] for side in sides)
+            fields = [field for field, _ in sides[0][tower]]
+            return aligner.align(before, after, fields, query=query.row(row))
 
-        aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in model.towers]
+        aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in range(len(model.towers))]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
         if filler == MASK_FILLER and isinstance(model.readout, FirstToken):
             for row, ones in enumerate(zip(*aligned, strict=True)):
@@ -224,7 +236,8 @@ class Inputs:
                 counted = counted * (inputs['input_ids'] != first - 1)
             inputs['position_ids'] = (counted.cumsum(1) * counted - 1 + first).clamp(min=0)
         shown = inputs['attention_mask']
-        return Batch(inputs, shown * (shown.cumsum(1) > model.unscored(self.towers[tower].fields)))
+        counted = model.counted(inputs['input_ids'], shown)
+        return Batch(inputs, counted * (shown.cumsum(1) > model.unscored(self.towers[tower].fields)))
 
     def types(
         self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True, scheme: str = 'basic'
@@ -235,12 +248,12 @@ class Inputs:
             tower: Which tower.
             rows: Which rows.
             inserted: Whether what was inserted has a type of its own, or is what it is.
-            scheme: One of `SCHEMES`.
+            scheme: One of `SCHEMES`; the place behind its types is that of a prompt.
 
         Raises:
             ValueError: If there is no such scheme, or the inputs were made without types.
         """
-        places = {name: place for place, name in enumerate(SCHEMES.get(scheme, ()))}
+        places = {name: place for place, name in enumerate((*SCHEMES.get(scheme, ()), PROMPT))}
         names = [self.towers[tower].types(row, inserted, scheme) for row in rows]
         return _padded([[places[name] for name in row] for row in names], -1)
 
@@ -281,6 +294,14 @@ def checked_texts(name: str, values: Any) -> list[str]:
         if not isinstance(value, str):
             raise TypeError(f'{name} must be strings; got {value!r} at position {row}: remove it, or give a text')
     return found
+
+
+def _split(parts: Sequence[tuple[str, Ragged]]) -> tuple[list[Ragged], list[str]]:
+    return [ids for _, ids in parts], [field for field, _ in parts]
+
+
+def _query(towers: Sequence[Sequence[tuple[str, Ragged]]]) -> Ragged:
+    return next(ids for parts in towers for field, ids in parts if field == 'query')
 
 
 def _padded(arrays: Sequence[Any], fill: int) -> np.ndarray:

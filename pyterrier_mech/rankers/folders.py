@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pyterrier_mech.anatomy.readouts import READOUTS
-from pyterrier_mech.rankers.loading import load_json
+from pyterrier_mech.rankers.loading import load_json, load_tokenizer
 
 SIMILARITIES = ('cosine', 'dot')
 
@@ -23,7 +23,8 @@ _TRANSFORMER = (
     'sentence_bert_config.json',
     *(f'sentence_{family}_config.json' for family in ('roberta', 'distilbert', 'camembert', 'xlm-roberta')),
 )
-_TASKS = {'feature-extraction': 'last_hidden_state', 'sequence-classification': 'logits'}
+_TASKS = {'feature-extraction': 'last_hidden_state', 'sequence-classification': 'logits', 'text-generation': 'logits'}
+_FORMATS = ('flat', 'structured')
 # Read here, or given by the task.
 _KNOWN = ('max_seq_length', 'do_lower_case', 'transformer_task', 'modality_config', 'module_output_name')
 # Arguments of the constructors stand in groups of their own, by a newer or older name.
@@ -33,9 +34,10 @@ _GROUPS = tuple(
 _LENGTH = 'model_max_length'
 # Without a part in the scores.
 _NEUTRAL = ('unpad_inputs', 'attn_implementation', 'dtype', 'torch_dtype', 'add_pooling_layer', 'trust_remote_code')
+_LOGITS = 'LogitScore'
 _PACKAGE = 'sentence_transformers.'
-_RANKERS = {'SentenceTransformer': 'BiEncoder', 'CrossEncoder': 'CrossEncoder'}
-_OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean'}
+_RANKERS = {'SentenceTransformer': 'BiEncoder', 'CrossEncoder': 'CrossEncoder or CausalReranker'}
+_OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean', 'pooling_mode_lasttoken': 'last'}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Stated:
         lower_case: Whether texts are lower-cased before they are tokenised.
         max_length: Tokens of a sequence, special tokens included; None where only tokenizer and model say it.
         unused_prompt: A prompt for passages that sentence-transformers does not use.
+        unused_query_prompts: Prompts of other names, where none is for queries.
+        template: The prompt around query and text, in pieces; empty where none is stated.
+        words: Whose logits a causal re-ranker compares: words, or token ids.
     """
 
     query_prompt: str = ''
@@ -65,6 +70,9 @@ class Stated:
     lower_case: bool = False
     max_length: int | None = None
     unused_prompt: str = ''
+    unused_query_prompts: tuple[str, ...] = ()
+    template: tuple[str, ...] = ()
+    words: tuple[str | int, ...] = ()
 
     def given(self, **settings: Any) -> Stated:
         """Returns these with a user's own settings, where not None, and checks that all can be applied.
@@ -85,6 +93,12 @@ class Stated:
                 f'the model has a prompt {self.unused_prompt!r} for passages but none for documents, so that '
                 'sentence-transformers puts none before texts: say which you mean with '
                 f"text_prefix={self.unused_prompt!r} or text_prefix=''"
+            )
+        if self.unused_query_prompts and settings.get('query_prompt') is None:
+            raise ValueError(
+                f'the model has prompts {self.unused_query_prompts}, of which none is named "query", so that '
+                'sentence-transformers puts none before queries unless it is told: say which you mean with '
+                "query_prefix='…' or query_prefix=''"
             )
         if not chosen.include_prompt and chosen.pooling == 'cls' and (chosen.query_prompt or chosen.text_prompt):
             raise ValueError(
@@ -163,6 +177,7 @@ def stated_bi_encoder(name: str) -> Stated:
         _transformer(name, 'feature-extraction'),
         query_prompt=prompts['query'],
         text_prompt=prompts['document'],
+        unused_query_prompts=() if prompts['query'] else _other_prompts(prompts, settings),
         unused_prompt='' if prompts['document'] else prompts.get('passage') or prompts.get('corpus') or '',
         pooling=_pooling(pooling),
         include_prompt=pooling.get('include_prompt', True),
@@ -183,17 +198,70 @@ def stated_cross_encoder(name: str) -> Stated:
         return _transformer(name, 'sequence-classification')
     settings, kinds = _settings(name, 'CrossEncoder'), _kinds(name, modules)
     if kinds != ['Transformer']:
-        raise ValueError(
-            f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. Use such a model'
-        )
+        way = 'Use CausalReranker' if kinds == ['Transformer', _LOGITS] else 'Use such a model'
+        raise ValueError(f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. {way}')
     prompt = _prompts(name, settings)[settings.get('default_prompt_name') or '']
     return replace(_transformer(name, 'sequence-classification'), query_prompt=prompt)
 
 
+def stated_causal(name: str) -> Stated:
+    """Returns what a causal re-ranker's folder or repository states.
+
+    Raises:
+        ValueError: If it states something that CausalReranker does not do.
+    """
+    modules = _read(name, _MODULES, list)
+    if modules is None:
+        return _transformer(name, 'text-generation')
+    settings, kinds = _settings(name, 'CrossEncoder'), _kinds(name, modules)
+    if kinds != ['Transformer', _LOGITS]:
+        raise ValueError(
+            f'{name!r} is made of {", ".join(kinds)}; CausalReranker must have Transformer and {_LOGITS}. '
+            + ('Use CrossEncoder' if kinds == ['Transformer'] else 'Use such a model')
+        )
+    score = _read(name, f'{modules[1]["path"]}/config.json', dict) or {}
+    ids = tuple(score[key] for key in ('true_token_id', 'false_token_id') if score.get(key) is not None)
+    if not ids or score.get('module_input_name', 'causal_logits') != 'causal_logits':
+        raise ValueError(f'{_LOGITS} of {name!r} must name the token whose logit is read; got {score!r}')
+    system = _prompts(name, settings)[settings.get('default_prompt_name') or '']
+    return replace(_transformer(name, 'text-generation'), words=ids, template=_chat(name, system))
+
+
+def _chat(name: str, system: str) -> tuple[str, ...]:
+    """Returns the chat template around a query and a document; () where the tokenizer has none."""
+    tokenizer = load_tokenizer(name)
+    if not tokenizer.chat_template:
+        return ()
+    config: dict[str, Any] = _read(name, _TRANSFORMER[0], dict) or {}
+    flat = config.get('modality_config', {}).get('message', {}).get('format', 'flat') == 'flat'
+    # With spaces around, since a template may strip what it is given.
+    places = {'query': ' \ue000 ', 'document': ' \ue001 '}
+    said = {'system': system, **places} if system else places
+    messages = [
+        {'role': role, 'content': text if flat else [{'type': 'text', 'text': text}]} for role, text in said.items()
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if any(whole.count(place) != 1 for place in places.values()):
+        raise ValueError(
+            f'the chat template of {name!r} does not give query and document once each and as they are: give template='
+        )
+    return (whole.replace(places['query'], '{query}').replace(places['document'], '{text}'),)
+
+
+def _other_prompts(prompts: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of prompts that may be meant for queries."""
+    known = ('query', 'document', 'passage', 'corpus')
+    named = tuple(role for role, prompt in prompts.items() if prompt and role not in known)
+    return () if settings.get('default_prompt_name') else named
+
+
 def _transformer(name: str, task: str) -> Stated:
     config: dict[str, Any] = next(filter(None, (_read(name, file, dict) for file in _TRANSFORMER)), {})
-    expected = {'text': {'method': 'forward', 'method_output_name': _TASKS[task]}}
-    if config.get('transformer_task', task) != task or config.get('modality_config', expected) != expected:
+    text = {'method': 'forward', 'method_output_name': _TASKS[task]}
+    expected: list[dict[str, Any]] = [{'text': text}]
+    if task == 'text-generation':
+        expected += [{'text': text, 'message': {**text, 'format': kind}} for kind in _FORMATS]
+    if config.get('transformer_task', task) != task or config.get('modality_config', expected[0]) not in expected:
         raise ValueError(
             f'{_TRANSFORMER[0]} of {name!r} must state the task {task!r} with text alone; got '
             f'{config.get("transformer_task")!r}, {config.get("modality_config")!r}'

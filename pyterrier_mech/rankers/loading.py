@@ -12,11 +12,17 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from pyterrier_mech.anatomy.families import family_of
+from pyterrier_mech.anatomy.families import family_of, known_types
 from pyterrier_mech.anatomy.resizing import keep_units
 from pyterrier_mech.units import KINDS
 
@@ -25,6 +31,11 @@ DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat1
 }
 
 
+_OTHER_RANKER = {
+    False: 'It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.',
+    True: 'It has no head for classes: use CausalReranker for a score from words, BiEncoder for vectors, or a '
+    'fine-tuned checkpoint.',
+}
 ADAPTER = 'adapter_config.json'
 PRUNED = 'pruned.json'
 WEIGHTS = 'model.safetensors'
@@ -108,8 +119,10 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Loads an encoder, with its classification head if asked for, in evaluation mode.
+def load_module(
+    name: str, *, classifier: bool = False, causal: bool = False, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Loads a model, with its classification head or its head of a language model if asked for, in evaluation mode.
 
     A folder or repository with a file `PRUNED` is loaded at its own smaller sizes.
 
@@ -119,16 +132,19 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
             layers fewer than the checkpoint has, are never returned.
     """
     config = load_config(name)
-    family_of(config.model_type)
-    auto = AutoModelForSequenceClassification if classifier else AutoModel
+    _check_own_code(name, config)
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM if causal else AutoModel
+    made = [kind for kind in config.architectures or [] if kind.endswith('ForSequenceClassification')]
+    if causal and made:
+        raise ValueError(f'{name!r} is a {made[0]}, which has a score for a class and none for words: use CrossEncoder')
     if (counts := kept_counts(name)) is not None:
         return _load_pruned(name, auto, config, counts, dtype).to(device).eval()
     module, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     # A pooler that the checkpoint lacks is read by no bi-encoder.
-    if missing := [key for key in info['missing_keys'] if classifier or 'pooler' not in key]:
+    if missing := [key for key in info['missing_keys'] if classifier or causal or 'pooler' not in key]:
         raise ValueError(
             f'the checkpoint {name!r} has no weights for {", ".join(sorted(missing))}, so they would be random. '
-            + ('It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.' if classifier else '')
+            + (_OTHER_RANKER[family_of(config.model_type).causal] if classifier else '')
         )
     if unused := sorted(key for key in info['unexpected_keys'] if _has_place(key, module)):
         raise ValueError(
@@ -137,6 +153,23 @@ def load_module(name: str, *, classifier: bool, dtype: torch.dtype, device: torc
         )
     check_module(module)
     return module.to(device).eval()
+
+
+def _check_own_code(name: str, config: Any) -> None:
+    """Checks that a family is known, and that a decoder has no code of its own.
+
+    Encoders that were once loaded by own code are often the same in transformers today. Decoders of own code are
+    often not: some attend to later tokens, some have a head for every layer.
+
+    Raises:
+        ValueError: If not.
+    """
+    own = [key for key in getattr(config, 'auto_map', None) or {} if key.startswith('AutoModel')]
+    if family_of(config.model_type).causal and own:
+        raise ValueError(
+            f'{name!r} brings code of its own ({config.auto_map[own[0]]!r}), which is not run here, and without which '
+            'its scores may be wrong: load the module yourself, if it is a plain one, and give model= and tokenizer='
+        )
 
 
 def _has_place(key: str, module: Any) -> bool:
@@ -269,7 +302,9 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str, *, pairs: bool = Fal
             f'the tokenizer of {name!r} has ids up to {last}, the model embeddings for ids up to {rows - 1}: give the '
             "model's own tokenizer, or call resize_token_embeddings before training"
         )
-    for side in ('truncation_side', 'padding_side'):
+    # To a decoder it is the same at which side rows are filled up, which is always done at the right here.
+    causal = config.model_type in known_types(lambda family: family.causal)
+    for side in ('truncation_side',) if causal else ('truncation_side', 'padding_side'):
         if getattr(tokenizer, side) != 'right':
             raise ValueError(
                 f"{side} of the tokenizer of {name!r} must be 'right'; got {getattr(tokenizer, side)!r}. If that is "

@@ -17,11 +17,12 @@ import torch
 
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
-from pyterrier_mech.frames import texts_of, two_versions
+from pyterrier_mech.frames import Fields, texts_of, two_versions
 from pyterrier_mech.inputs.alignment import UNALIGNED
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
 from pyterrier_mech.inputs.inputs import ORIGINAL, AlignedTower, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
+from pyterrier_mech.inputs.words import Words
 from pyterrier_mech.provenance import with_seen
 from pyterrier_mech.rankers import loading
 from pyterrier_mech.rankers.folders import Stated
@@ -41,10 +42,12 @@ class Ranker(Stage):
     Attributes:
         towers: The fields that are encoded together, tower by tower.
         classifier: Whether the module has a classification head.
+        causal: Whether it has a head that gives logits of words.
     """
 
     towers: ClassVar[tuple[tuple[str, ...], ...]]
     classifier: ClassVar[bool]
+    causal: ClassVar[bool] = False
 
     model: Any
     _: KW_ONLY
@@ -197,17 +200,34 @@ class Ranker(Stage):
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns scores [...] from the vectors [..., d] of every tower; shapes are broadcast."""
 
-    def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
-        """Returns the ids of the texts of a field ('query' or 'text') as this ranker reads them."""
-        return self.maker.tokenize([self.prepared(field, text) for text in texts])
+    @property
+    def prompted(self) -> bool:
+        """Whether query and text are read within a prompt, whose positions are of a type of their own."""
+        return False
+
+    def parts(self, values: Fields, fields: Sequence[str]) -> list[tuple[str, Ragged]]:
+        """Returns field ('query', 'text', or '' for a part of a prompt) and ids of what a tower reads, part by part."""
+        return self.maker.parts(self._prepared(values, fields))
+
+    def words_of(self, values: Fields) -> dict[str, list[Words]]:
+        """Returns the words of all texts as this ranker reads them, token by token."""
+        prompts = {field: self.prepared(field, '') for field in values}
+        return self.maker.words(self._prepared(values, tuple(values)), prompts)
 
     def prepared(self, field: str, text: str) -> str:
         """Returns what the tokenizer is given for a text of a field: the prompt before it, where there is one."""
         return self.stated_.prompt(field) + text
 
+    def _prepared(self, values: Fields, fields: Sequence[str]) -> Fields:
+        return {field: [self.prepared(field, text) for text in values[field]] for field in fields}
+
+    def counted(self, ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Returns 1 where a token may be read out [rows, tokens], from token ids and attention mask."""
+        return shown
+
     def unscored(self, fields: Sequence[str]) -> int:
         """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
-        if len(fields) > 1:
+        if len(self.towers) == 1:
             return 0
         return self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
 
@@ -308,7 +328,8 @@ class Ranker(Stage):
             dtype, device = loading.dtype_of(self.dtype), loading.device_of(self.device)
             # Weights that are made in inference mode have no gradients for ever after.
             with torch.inference_mode(False):
-                return ModelMap(loading.load_module(self._name, classifier=self.classifier, dtype=dtype, device=device))
+                kind = {'causal': True} if self.causal else {'classifier': self.classifier}
+                return ModelMap(loading.load_module(self._name, dtype=dtype, device=device, **kind))
         loading.check_module(self.model)
         # TF32 is a way to compute, not a type that the module would have to be converted to.
         if self.device is not None or self.dtype not in (None, 'tf32'):
@@ -328,7 +349,10 @@ class Ranker(Stage):
         loading.check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
         if self.stated_.lower_case:
             tokenizer = loading.in_lower_case(tokenizer)
-        return InputMaker(tokenizer, self._longest(config, tokenizer), loading.uses_segments(tokenizer, config))
+        return self._maker(tokenizer, self._longest(config, tokenizer))
+
+    def _maker(self, tokenizer: Any, longest: int) -> InputMaker:
+        return InputMaker(tokenizer, longest, loading.uses_segments(tokenizer, self.map.module.config))
 
     def _longest(self, config: Any, tokenizer: Any) -> int:
         positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length
@@ -340,6 +364,20 @@ class Ranker(Stage):
                 f'max_length must be between 1 and the {positions} positions of the model; got {self.max_length}'
             )
         return self.max_length
+
+
+def check_unhooked(module: Any, head: str) -> None:
+    """Checks that nothing acts on a whole module with a head, whose own forward is not called here.
+
+    Raises:
+        ValueError: If something does.
+    """
+    whole = vars(module)
+    if whole['_forward_hooks'] or whole['_forward_pre_hooks'] or ('forward' in whole and '_hf_hook' not in whole):
+        raise ValueError(
+            f'hooks and forwards of the whole {head} module are not run here: put them on its base_model, or on the '
+            'parts of its head'
+        )
 
 
 def as_numpy(values: torch.Tensor) -> np.ndarray:
