@@ -50,6 +50,7 @@ def attend_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
     rows, heads, tokens, width = q.shape
     pairs, groups, before, _ = past[0].shape
     # One product a pair and key head, however many variants of the pair there are.
+    q = q.contiguous()
     joint = q.view(rows // pairs, pairs, groups, -1, width).permute(1, 2, 0, 3, 4)
     shape = joint.shape
     joint = joint.reshape(pairs, groups, -1, width)

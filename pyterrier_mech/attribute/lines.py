@@ -84,8 +84,8 @@ def lines(model: Any, fields: Fields, baseline: Baseline, names: Sequence[str]) 
     Args:
         model: A ranker.
         fields: Query and text of every row.
-        baseline: 'query' (query tokens become padding tokens, all else stays), 'all' (all but special tokens and prompts do),
-            token ids, or a function from the input's token ids to the baseline's.
+        baseline: 'query' (query tokens become padding tokens, all else stays), 'all' (all but special tokens and
+            prompts do), token ids, or a function from the input's token ids to the baseline's.
         names: What an error calls each row.
 
     Raises:

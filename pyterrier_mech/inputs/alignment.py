@@ -71,8 +71,8 @@ class Alignment:
         original_mask: 1 where the original input has a token that may be attended to, else 0 [tokens].
         perturbed_mask: The same for the perturbed input.
         changes: For every position 'same', 'replaced', 'inserted' (the perturbed input has more) or 'deleted'.
-        plain_types: For every position 'cls', 'sep', 'prompt', 'query', 'doc_match' (a document token that occurs in the query)
-            or 'doc_other', whether it was inserted or not.
+        plain_types: For every position 'cls', 'sep', 'prompt', 'query', 'doc_match' (a document token that occurs in
+            the query) or 'doc_other', whether it was inserted or not.
         problem: Why the pair cannot be patched, or ''.
     """
 

@@ -35,8 +35,8 @@ class PatchHeads(Sweep):
         heads: The heads to patch, as `Units.of` accepts them: names ('L3H7'), (layer, head), `Units`, a circuit; by
             default all.
         site: 'z', the output of the head; 'q', 'k' or 'v', its queries, keys or values, as the linear maps give them
-            (before rotary positions and norms); 'pattern', its attention weights, where a position is the one that looks.
-            Where heads share keys and values, `L2H1.k` is key-value head 1 of the layer, which all its heads read.
+            (before rotary positions and norms); 'pattern', its attention weights, where a position is the one that
+            looks. Where heads share keys and values, `L2H1.k` is key-value head 1 of the layer, of all its heads.
         by: None, all positions together; 'token_type', all of a kind of token together, as in `PatchLayers`;
             'position', one at a time. These take a run for every kind or position: choose some `heads`.
         types: 'basic' or 'literature'; see `PatchLayers`.

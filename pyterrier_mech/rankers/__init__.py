@@ -1,7 +1,7 @@
 """Neural rankers as re-ranking stages, and as handles on what is inside them.
 
-`CrossEncoder`, `CausalReranker` and `BiEncoder` score with the Hugging Face module as it is; `Ranker.map` is the map of its sites. A
-model family that is not known yet is one `Family` given to `register_family`.
+`CrossEncoder`, `CausalReranker` and `BiEncoder` score with the Hugging Face module as it is; `Ranker.map` is the map of
+its sites. A model family that is not known yet is one `Family` given to `register_family`.
 """
 
 from pyterrier_mech.anatomy.families import Family, register_family

@@ -129,9 +129,9 @@ class CausalReranker(Ranker):
         pieces = Prompt.of(template).pieces if template is not None else known.template if known else stated.template
         words = self.words if self.words is not None else stated.words or (known.words if known else ())
         if not pieces or not len(words):
+            missing = 'how it asks: give template=' if not pieces else 'what it answers: give words='
             raise ValueError(
-                f'{self!r} does not say {"how it asks: give template=" if not pieces else "what it answers: give words="}'
-                f', or the name of a known template, one of {sorted(KNOWN)}'
+                f'{self!r} does not say {missing}, or the name of a known template, one of {sorted(KNOWN)}'
             )
         instruction = self.instruction if self.instruction is not None else known.instruction if known else None
         if any(_INSTRUCTION in piece for piece in pieces):

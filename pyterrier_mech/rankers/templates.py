@@ -39,8 +39,8 @@ KNOWN = {
             '\n',
             'B: {text}',
             '\n',
-            'Given a query A and a passage B, determine whether the passage contains an answer to the query by providing '
-            "a prediction of either 'Yes' or 'No'.",
+            'Given a query A and a passage B, determine whether the passage contains an answer to the query by '
+            "providing a prediction of either 'Yes' or 'No'.",
         ),
         ('Yes',),
     ),
