@@ -151,12 +151,13 @@ def sides(model, row, filler='a'):
     """
     row = row._asdict() if hasattr(row, '_asdict') else dict(row)
     versions = [{field: row.get(f'{field}_0', row[field]) for field in ('query', 'text')}, row]
-    ids = [
-        {field: model.tokenize(field, [version[field]]).row(0) for field in ('query', 'text')} for version in versions
-    ]
+    values = [{field: [version[field]] for field in ('query', 'text')} for version in versions]
+    query = next(ids.row(0) for tower in model.towers for name, ids in model.parts(values[1], tower) if name == 'query')
     aligner, found = Aligner(model.maker, filler), []
     for tower in model.towers:
-        one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
+        parts = [model.parts(one, tower) for one in values]
+        ids = ([part.row(0) for _, part in side] for side in parts)
+        one = aligner.align(*ids, [name for name, _ in parts[0]], query=query)
         found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
     return found
 
@@ -179,7 +180,7 @@ def problem_of(towers):
 
 def forced_effects(model, texts, heads):
     """Changes of the pooled vectors where every pair of a text with itself is patched as if it had been edited."""
-    ids = model.tokenize('text', texts)
+    ids = model.maker.tokenize(texts)
     aligner = Aligner(model.maker)
     same = [aligner.align([ids.row(0), ids.row(i)], [ids.row(0), ids.row(i)]) for i in range(len(texts))]
     forced = [replace(one, problem='') for one in same]
