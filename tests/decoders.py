@@ -35,9 +35,9 @@ CONFIGS = {
     'qwen3': lambda **ids: Qwen3Config(**_WIDE, tie_word_embeddings=True, **ids),
     'gemma': lambda **ids: GemmaConfig(**{**_WIDE, 'num_key_value_heads': 1}, **ids),
     'gemma2': lambda **ids: Gemma2Config(
-        query_pre_attn_scalar=8, sliding_window=30, final_logit_softcapping=2.0, **_WIDE, **ids
+        query_pre_attn_scalar=8, sliding_window=60, final_logit_softcapping=2.0, **_WIDE, **ids
     ),
-    'gemma3_text': lambda **ids: Gemma3TextConfig(query_pre_attn_scalar=8, sliding_window=30, **_WIDE, **ids),
+    'gemma3_text': lambda **ids: Gemma3TextConfig(query_pre_attn_scalar=8, sliding_window=60, **_WIDE, **ids),
     'phi3': lambda **ids: Phi3Config(**_COMMON, **ids),
 }
 DESCRIBED = ['llama', 'mistral', 'qwen2', 'qwen3', 'gemma']

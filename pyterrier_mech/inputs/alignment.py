@@ -23,6 +23,7 @@ TRUNCATED = 'edit truncated away'
 UNALIGNED = 'no alignment'
 FILLER = 'edit equals the filler'
 HIDDEN = 'the first token, which is read, is hidden'
+HIDDEN_LAST = 'the last token, which is read, is hidden'
 
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
 """Types of positions."""

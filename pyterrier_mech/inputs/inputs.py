@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from pyterrier_mech.anatomy.model import Batch, first_position
-from pyterrier_mech.anatomy.readouts import FirstToken
+from pyterrier_mech.anatomy.readouts import FirstToken, LastToken
 from pyterrier_mech.frames import Fields
 from pyterrier_mech.inputs.alignment import (
     HIDDEN,
+    HIDDEN_LAST,
     MASK_FILLER,
     PROMPT,
     SCHEMES,
@@ -25,6 +26,8 @@ from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.inputs.words import Placed, RowWords
 
 ORIGINAL, PERTURBED = 'original', 'perturbed'
+# Which token a read-out reads, and what is said where one version hides it.
+_READ = {FirstToken: (0, HIDDEN), LastToken: (-1, HIDDEN_LAST)}
 
 
 class PlainTower:
@@ -200,10 +203,11 @@ class Inputs:
 
         aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in range(len(model.towers))]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
-        if filler == MASK_FILLER and isinstance(model.readout, FirstToken):
+        place, hidden = _READ.get(type(model.readout), (0, ''))
+        if filler == MASK_FILLER and hidden:
             for row, ones in enumerate(zip(*aligned, strict=True)):
-                if not problems[row] and not all(one.original_mask[0] and one.perturbed_mask[0] for one in ones):
-                    problems[row] = HIDDEN
+                if not problems[row] and not all(one.original_mask[place] and one.perturbed_mask[place] for one in ones):
+                    problems[row] = hidden
         pad = model.maker.pad_id
         towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]
         return cls(model, towers, problems, [original, perturbed])
