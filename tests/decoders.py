@@ -71,7 +71,9 @@ def tokenizer(begin=False, end=False):
     if begin or end:
         first, last = '<|start|> ' * begin, ' <|end|>' * end
         whole.post_processor = processors.TemplateProcessing(
-            single=f'{first}$A{last}', pair=f'{first}$A {first}$B{last}', special_tokens=[('<|start|>', 1), ('<|end|>', 2)]
+            single=f'{first}$A{last}',
+            pair=f'{first}$A {first}$B{last}',
+            special_tokens=[('<|start|>', 1), ('<|end|>', 2)],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=whole,
@@ -218,4 +220,56 @@ def effect(model, row, site, at=slice(None), positions=None, filler='a', reverse
 def head_effects(model, row, **options):
     """[heads] of a row."""
     layers, heads = range(len(model.model.base_model.layers)), range(4)
-    return np.array([effect(model, row, ('heads', i), columns(model.model, h), **options) for i in layers for h in heads])
+    return np.array(
+        [effect(model, row, ('heads', i), columns(model.model, h), **options) for i in layers for h in heads]
+    )
+
+
+def of_type(model, row, towers, site, kind):
+    """The effect of all positions of a type, in all towers; NaN where there is none."""
+    at = [[place for place, name in enumerate(tower.types) if name == kind] for tower in towers]
+    if not any(at):
+        return np.nan
+    bases, seen = both(model, row)
+    edits = [{site: put(slice(None), one[site], some)} for one, some in zip(seen, at)]
+    return score(model, bases, edits) - score(model, bases)
+
+
+def pattern_effect(model, row, layer, head):
+    """Where a head looks as it does in the other run; of an eager model."""
+    bases, _ = both(model, row)
+    edits = []
+    for side in sides(model, row):
+        base, source = side.runs()
+        seen = {}
+        run(model.model, whole(base), seen=seen)
+        with torch.no_grad():
+            pattern = model.model.base_model(**whole(source), output_attentions=True).attentions[layer][0, head]
+        shared = 2  # heads that read one value
+        values = pattern.double() @ seen['v', layer][:, columns(model.model, head // shared)]
+        mixed = seen['heads', layer].clone()
+        mixed[:, columns(model.model, head)] = values
+        edits.append({('heads', layer): put(columns(model.model, head), mixed)})
+    return score(model, bases, edits) - score(model, bases)
+
+
+def path_effect(model, row, sender, receiver, reverse=False):
+    """What a sender tells a receiver through no other head, and what that does to the score."""
+    bases, seen = both(model, row, reverse=reverse)
+    layer, at = int(sender[1]), columns(model.model, int(sender[3]))
+    told, edits = [], []
+    for base, source in zip(bases, seen):
+        held = {}
+        run(model.model, whole(base), seen=held)
+        frozen = {site: put(slice(None), values) for site, values in held.items() if site[0] == 'heads'}
+        mixed = held['heads', layer].clone()
+        mixed[:, at] = source['heads', layer][:, at]
+        edits.append({**frozen, ('heads', layer): put(slice(None), mixed)})
+        told.append({})
+        run(model.model, whole(base), edits[-1], told[-1])
+    start = score(model, bases)
+    if receiver == 'score':
+        return score(model, bases, edits) - start
+    site = receiver[-1], int(receiver[1])
+    back = [{site: put(columns(model.model, int(receiver[3])), one[site])} for one in told]
+    return score(model, bases, back) - start

@@ -14,6 +14,7 @@ from pyterrier_mech.anatomy import families
 from pyterrier_mech.anatomy.edits import columns_of, zeros
 from pyterrier_mech.anatomy.families import Family, register_family  # noqa: F401
 from pyterrier_mech.anatomy.families import _classify_bert as classify_bert  # noqa: F401
+from pyterrier_mech.anatomy.layers import Layer  # noqa: F401
 from pyterrier_mech.anatomy.readouts import READOUTS  # noqa: F401
 from pyterrier_mech.anatomy.resizing import keep_units  # noqa: F401
 from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401

@@ -206,7 +206,9 @@ class Inputs:
         place, hidden = _READ.get(type(model.readout), (0, ''))
         if filler == MASK_FILLER and hidden:
             for row, ones in enumerate(zip(*aligned, strict=True)):
-                if not problems[row] and not all(one.original_mask[place] and one.perturbed_mask[place] for one in ones):
+                if not problems[row] and not all(
+                    one.original_mask[place] and one.perturbed_mask[place] for one in ones
+                ):
                     problems[row] = hidden
         pad = model.maker.pad_id
         towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]

@@ -83,7 +83,7 @@ class Sweep(Patching):
             if self.by is None:
                 return [Variant(site, unit) for site, unit, _ in parts]
             types = torch.from_numpy(inputs.types(tower, rows, scheme=self.types)).to(self.model.map.device)
-            where = {kind: types == place for place, kind in enumerate(SCHEMES[self.types])}
+            where = {kind: types == place for place, kind in enumerate(types_of(self.model, self.types))}
             return [Variant(site, unit, where[kind]) for site, unit, kind in parts]
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:
