@@ -1,4 +1,4 @@
-"""Small decoders, rankers around them, and the plain way by hooks: shares no code with the package beyond the inputs."""
+"""Small decoders, rankers around them, and the plain way by hooks, which takes inputs alone from the package."""
 
 import copy
 import functools
@@ -85,6 +85,10 @@ def tokenizer(begin=False, end=False):
         model_max_length=256,
         padding_side='left',
     )
+
+
+def encoded(text, cut=None):
+    return tokenizer()(text, add_special_tokens=False)['input_ids'][:cut]
 
 
 _AUTO = {'cross': AutoModelForSequenceClassification, 'causal': AutoModelForCausalLM, 'last': AutoModel}

@@ -65,6 +65,7 @@ from pyterrier_mech.rankers import folders, loading
 from pyterrier_mech.rankers.folders import Stated  # noqa: F401
 from pyterrier_mech.rankers.modes import tf32  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
+from pyterrier_mech.rankers.templates import KNOWN, known_for  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 

@@ -313,6 +313,8 @@ def _pooling(config: Mapping[str, Any]) -> str:
     if modes is None:
         on = [key for key, value in config.items() if key.startswith('pooling_mode_') and value]
         modes = [_OLD_POOLINGS.get(key, key) for key in on] or 'mean'
+    if modes in ('lasttoken', ['lasttoken']):
+        return 'last'
     return modes if isinstance(modes, str) else '+'.join(modes)
 
 

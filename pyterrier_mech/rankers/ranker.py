@@ -207,7 +207,8 @@ class Ranker(Stage):
 
     def parts(self, values: Fields, fields: Sequence[str]) -> list[tuple[str, Ragged]]:
         """Returns field ('query', 'text', or '' for a part of a prompt) and ids of what a tower reads, part by part."""
-        return self.maker.parts(self._prepared(values, fields))
+        prepared = self._prepared(values, fields)  # what a folder states is checked before weights are loaded
+        return self.maker.parts(prepared)
 
     def words_of(self, values: Fields) -> dict[str, list[Words]]:
         """Returns the words of all texts as this ranker reads them, token by token."""
