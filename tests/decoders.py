@@ -107,6 +107,8 @@ def _module(family, kind, dtype, **settings):
             for parameter in module.parameters():
                 if parameter.dim() == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
+            # As in checkpoints; a vector of zeros is a point where an RMSNorm jumps.
+            module.get_input_embeddings().weight[0] = 0.2 * torch.randn(config.hidden_size)
     SHARED.append(module.to(dtype).eval())
     return module
 
