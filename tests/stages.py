@@ -1,7 +1,10 @@
 """Every stage, for the checks of `test_contract.py`: a new stage adds one line to `STAGES`."""
 
+import weakref
+
 import numpy as np
 import torch
+from decoders import TEMPLATE, WORDS, module_of, tokenizer
 from toys import frame_of, pairs, reference, wordpiece_tokenizer
 
 from pyterrier_mech import (
@@ -16,6 +19,7 @@ from pyterrier_mech import (
     AttributePaths,
     AttributeTokens,
     BiEncoder,
+    CausalReranker,
     CrossEncoder,
     PatchedReranker,
     PatchHeads,
@@ -37,6 +41,17 @@ def cross(model, **settings):
 def bi(model, **settings):
     tokenizer = None if isinstance(model, str) else wordpiece_tokenizer()
     return BiEncoder(model, tokenizer=tokenizer, pooling='mean', **settings)
+
+
+_decoders = weakref.WeakKeyDictionary()
+
+
+def causal(model, **settings):
+    """Around a decoder, one for each module that is given."""
+    if not isinstance(model, str):
+        model = _decoders.setdefault(model, module_of(fresh=True))
+        settings['tokenizer'] = tokenizer()
+    return CausalReranker(model, template=TEMPLATE, words=WORDS, **settings)
 
 
 def pruned(model, **settings):
@@ -68,10 +83,12 @@ def edited():
 STAGES = {
     'CrossEncoder': (cross, plain, False),
     'BiEncoder': (bi, plain, False),
+    'CausalReranker': (causal, plain, False),
     'Perturb': (lambda model, **settings: Perturb(TFC1(), **settings), plain, True),
     'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
     'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
     'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
+    'PatchHeads of a decoder': (lambda model, **settings: PatchHeads(causal(model), **settings), edited, True),
     'PatchLayers': (lambda model, **settings: PatchLayers(cross(model), **settings), edited, True),
     'PatchLayers by position': (
         lambda model, **settings: PatchLayers(bi(model), sites=['mlp_out'], by='position', **settings), edited, True
@@ -136,6 +153,8 @@ WITH_UNITS = {
 }
 # These compute with the parts of the layers, and refuse a module with hooks.
 UNHOOKABLE = ['AttributeHeads by RelP', 'AttentionShares']
+# Not built around the module that is given.
+DECODING = ['CausalReranker', 'PatchHeads of a decoder']
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 
 

@@ -37,14 +37,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return torch.bmm(torch.softmax(scores, dim=-1), v).view(rows, heads, tokens, width)
 
 
-def attend_after(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, past: Past) -> torch.Tensor:
+def attend_after(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, past: Past
+) -> torch.Tensor:
     """Returns the outputs of attention to earlier tokens, which rows share, and to the row's own.
 
     Args:
         q: Queries.
         k: Keys of the row's own tokens.
         v: Their values.
-        mask: Boolean or additive, broadcastable to [rows, heads, queries, earlier and own tokens].
+        mask: Boolean or additive, broadcastable to [rows, heads, queries, earlier and own tokens], or None.
         past: Keys and values of the earlier tokens.
     """
     rows, heads, tokens, width = q.shape

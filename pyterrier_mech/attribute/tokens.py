@@ -133,7 +133,7 @@ def _merged_in_prompt(model: Any, texts: dict[str, str]) -> tuple[list[str], lis
     for field, ids in zip([field for field, _ in parts], model.maker.cut([ids for _, ids in parts]), strict=True):
         tokens = ids.row(0).tolist()
         owners = list(words_of[field][0].owners) if field else list(range(len(tokens)))
-        for _, of_word in groupby(range(len(tokens)), lambda token, owners=owners: owners[token]):
+        for _, of_word in groupby(range(len(tokens)), owners.__getitem__):
             some = list(of_word)
             starts.append(position + some[0])
             word = [tokens[token] for token in some]

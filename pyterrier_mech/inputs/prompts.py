@@ -19,6 +19,7 @@ from pyterrier_mech.frames import Fields
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged, Template
 from pyterrier_mech.inputs.words import Words, grouped_words
 
+_Part = tuple[str, list[int], Words | None]
 _PLACES = {'{query}': 'query', '{text}': 'text'}
 # A text without letters, behind which the rest of a prompt stands as behind most texts.
 _NEUTRAL = '0'
@@ -135,19 +136,19 @@ class PromptMaker(InputMaker):
         made = [self._joined(list(of_row)) for of_row in zip(*pieces, strict=True)]
         return [made[row] for row in rows]
 
-    def _piece(
-        self, piece: str, texts: Sequence[dict[str, str]], words: bool
-    ) -> Iterator[list[tuple[str, list[int], Words | None]]]:
+    def _piece(self, piece: str, texts: Sequence[dict[str, str]], words: bool) -> Iterator[list[_Part]]:
         """Yields for every row the parts of a piece: field, ids, and words."""
         filled = [self.prompt.filled(piece, of) for of in texts]
         if not filled[0][1]:
-            yield from [[('', self._ids([piece])['input_ids'][0], None)]] * len(texts)
+            alone: list[_Part] = [('', self._ids([piece])['input_ids'][0], None)]
+            yield from [alone] * len(texts)
             return
         encoded = self._ids([whole for whole, _ in filled])
         for i, (whole, spans) in enumerate(filled):
             ids, offsets = encoded['input_ids'][i], encoded['offset_mapping'][i]
             owners = _owners(offsets, spans)
-            parts, done = [], 0
+            parts: list[_Part] = []
+            done = 0
             for field, first, end in owners:
                 parts.append(('', ids[done:first], None))
                 of = grouped_words(whole, offsets[first:end], encoded.word_ids(i)[first:end], 0) if words else None
@@ -166,7 +167,7 @@ class PromptMaker(InputMaker):
         )
 
     @staticmethod
-    def _joined(pieces: Sequence[list[tuple[str, list[int], Words | None]]]) -> _Row:
+    def _joined(pieces: Sequence[list[_Part]]) -> _Row:
         ids: list[list[int]] = [[]]
         words = {}
         for field, tokens, of in chain.from_iterable(pieces):

@@ -173,9 +173,8 @@ def _through(layer: Layer, x: torch.Tensor, context: Context) -> dict[str, torch
     raw = {kind: part(h) for kind, part in zip(PROJECTIONS, layer.qkv_parts, strict=True)}
     q, k, v = (layer.split(part) for part in raw.values())
     q, k = layer.turned('q', q, context.rotary), layer.turned('k', k, context.rotary)
-    mask = context.mask
-    assert mask is not None
-    z = attend(q, k, v, mask) if context.past is None else attend_after(q, k, v, mask, context.past)
+    past = context.past
+    z = attend(q, k, v, context.mask) if past is None else attend_after(q, k, v, context.mask, past)
     z = z.transpose(1, 2).reshape(*x.shape[:-1], -1)
     attention = layer.attention_out(z)
     a = layer.attended(x, attention.clone())

@@ -108,9 +108,9 @@ class CausalReranker(Ranker):
 
     def _look_words_up(self) -> list[int]:
         words, tokenizer = self.stated_.words, self.maker.tokenizer
-        if isinstance(words, str) or len(words) not in (1, 2) or len(set(words)) < len(words):
+        if len(words) not in (1, 2) or len(set(words)) < len(words):
             raise ValueError(f"words must be one word, ('Yes',), or two different ones, ('yes', 'no'); got {words!r}")
-        found = []
+        found: list[int] = []
         for word in words:
             ids = [word] if isinstance(word, int) else tokenizer(word, add_special_tokens=False)['input_ids']
             if len(ids) != 1 or not 0 <= ids[0] < self.map.module.config.vocab_size:
@@ -128,6 +128,8 @@ class CausalReranker(Ranker):
         template = self.template if named is None and self.template is not None else None
         pieces = Prompt.of(template).pieces if template is not None else known.template if known else stated.template
         words = self.words if self.words is not None else stated.words or (known.words if known else ())
+        if isinstance(words, str):
+            raise ValueError(f"words must be one word, ('Yes',), or two different ones, ('yes', 'no'); got {words!r}")
         if not pieces or not len(words):
             missing = 'how it asks: give template=' if not pieces else 'what it answers: give words='
             raise ValueError(
@@ -140,7 +142,7 @@ class CausalReranker(Ranker):
             pieces = tuple(piece.replace(_INSTRUCTION, instruction) for piece in pieces)
         elif self.instruction is not None and self._carried is None:
             raise ValueError('instruction= is given, but the template has no {instruction} in it')
-        return replace(stated, template=pieces, words=words if isinstance(words, str) else tuple(words))
+        return replace(stated, template=pieces, words=tuple(words))
 
     def _maker(self, tokenizer: Any, longest: int) -> PromptMaker:
         return PromptMaker(tokenizer, longest, Prompt.of(self.stated_.template))

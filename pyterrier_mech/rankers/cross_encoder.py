@@ -79,8 +79,10 @@ class CrossEncoder(Ranker):
         return shown if pad is None or not self.map.family.causal else shown * (ids != pad)
 
     def _stated(self) -> Stated:
-        given = {'query_prompt': self.query_prefix, 'text_prompt': self.text_prefix}
-        return replace(super()._stated(), **{name: value for name, value in given.items() if value is not None})
+        stated = super()._stated()
+        query = stated.query_prompt if self.query_prefix is None else self.query_prefix
+        text = stated.text_prompt if self.text_prefix is None else self.text_prefix
+        return replace(stated, query_prompt=query, text_prompt=text)
 
     def _maker(self, tokenizer: Any, longest: int) -> InputMaker:
         if self.template is None:

@@ -139,7 +139,8 @@ def load_module(
         raise ValueError(f'{name!r} is a {made[0]}, which has a score for a class and none for words: use CrossEncoder')
     if (counts := kept_counts(name)) is not None:
         return _load_pruned(name, auto, config, counts, dtype).to(device).eval()
-    module, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    loaded: Any = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    module, info = loaded
     # A pooler that the checkpoint lacks is read by no bi-encoder.
     if missing := [key for key in info['missing_keys'] if classifier or causal or 'pooler' not in key]:
         raise ValueError(

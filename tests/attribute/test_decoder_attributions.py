@@ -71,7 +71,7 @@ def test_attribution_patching_is_the_gradient_times_the_difference():
 @pytest.mark.parametrize('kind', KINDS)
 def test_tokens_sum_to_the_change_and_the_prompt_has_none(kind):
     model, frame = ranker('qwen3', kind), frame_of(3).drop(columns=['score', 'rank'])
-    res = AttributeTokens(model, max_points=1025, tolerance=1e-3)(frame)
+    res = AttributeTokens(model, baseline='query', max_points=1025, tolerance=1e-3)(frame)
     for i, row in enumerate(frame.itertuples()):
         assert res['completeness_error.tokens'].iloc[i] < 1e-3
         total = res.token_effects.iloc[i].sum()
