@@ -13,8 +13,9 @@ from pyterrier_mech.anatomy.model import ModelMap
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.inputs.prompts import Prompt, PromptMaker
 from pyterrier_mech.inputs.tokens import InputMaker
+from pyterrier_mech.rankers.checks import check_unhooked
 from pyterrier_mech.rankers.folders import Stated, stated_cross_encoder
-from pyterrier_mech.rankers.ranker import Ranker, check_unhooked
+from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.stage import choice
 
 

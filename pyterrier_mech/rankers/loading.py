@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from pyterrier_mech.anatomy.families import family_of, known_types
 from pyterrier_mech.anatomy.resizing import keep_units
+from pyterrier_mech.rankers.checks import check_own_code
 from pyterrier_mech.units import KINDS
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')} | {
@@ -132,7 +133,7 @@ def load_module(
             layers fewer than the checkpoint has, are never returned.
     """
     config = load_config(name)
-    _check_own_code(name, config)
+    check_own_code(name, config)
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM if causal else AutoModel
     made = [kind for kind in config.architectures or [] if kind.endswith('ForSequenceClassification')]
     if causal and made:
@@ -154,23 +155,6 @@ def load_module(
         )
     check_module(module)
     return module.to(device).eval()
-
-
-def _check_own_code(name: str, config: Any) -> None:
-    """Checks that a family is known, and that a decoder has no code of its own.
-
-    Encoders that were once loaded by own code are often the same in transformers today. Decoders of own code are
-    often not: some attend to later tokens, some have a head for every layer.
-
-    Raises:
-        ValueError: If not.
-    """
-    own = [key for key in getattr(config, 'auto_map', None) or {} if key.startswith('AutoModel')]
-    if family_of(config.model_type).causal and own:
-        raise ValueError(
-            f'{name!r} brings code of its own ({config.auto_map[own[0]]!r}), which is not run here, and without which '
-            'its scores may be wrong: load the module yourself, if it is a plain one, and give model= and tokenizer='
-        )
 
 
 def _has_place(key: str, module: Any) -> bool:

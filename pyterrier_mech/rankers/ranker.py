@@ -17,22 +17,20 @@ import torch
 
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
-from pyterrier_mech.frames import Fields, texts_of, two_versions
-from pyterrier_mech.inputs.alignment import UNALIGNED
+from pyterrier_mech.frames import Fields, texts_of
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
-from pyterrier_mech.inputs.inputs import ORIGINAL, AlignedTower, Inputs
+from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.inputs.words import Words
 from pyterrier_mech.provenance import with_seen
 from pyterrier_mech.rankers import loading
+from pyterrier_mech.rankers.aligned import aligned
 from pyterrier_mech.rankers.folders import Stated
 from pyterrier_mech.rankers.modes import evaluating, tf32
 from pyterrier_mech.stage import Stage
 from pyterrier_mech.units import HEADS, NEURONS, Site
 
 Edits = Mapping[Site, Edit]
-
-_ALIGNED = ['qid', 'docno', 'position', 'original', 'perturbed', 'change', 'type', 'patchable']
 
 
 @dataclass(eq=False, repr=False)
@@ -112,19 +110,7 @@ class Ranker(Stage):
             stands there. The index is that of the frame. The positions of a bi-encoder's query come first, as in the
             arrays of `PatchLayers`.
         """
-        versions = two_versions(frame, self, self.text_field)
-        if not len(frame):
-            return pd.DataFrame(columns=_ALIGNED, index=frame.index)
-        inputs, parts = Inputs.pairs(self, *versions, filler), []
-        for row, problem in enumerate(inputs.problems):
-            towers = [tower.alignments[row] for tower in inputs.towers if isinstance(tower, AlignedTower)]
-            part = pd.concat([one.to_frame(self.maker.tokenizer) for one in towers], ignore_index=True)
-            if problem == UNALIGNED:
-                part[['perturbed', 'change']] = None
-            named = {name: frame[name].iloc[row] for name in ('qid', 'docno')}
-            parts.append(part.assign(**named, position=part.index, patchable=problem or 'yes'))
-        index = frame.index.repeat([len(part) for part in parts])
-        return pd.concat(parts)[_ALIGNED].set_axis(index, axis=0)
+        return aligned(self, frame, filler)
 
     # -- the handle
 
@@ -365,20 +351,6 @@ class Ranker(Stage):
                 f'max_length must be between 1 and the {positions} positions of the model; got {self.max_length}'
             )
         return self.max_length
-
-
-def check_unhooked(module: Any, head: str) -> None:
-    """Checks that nothing acts on a whole module with a head, whose own forward is not called here.
-
-    Raises:
-        ValueError: If something does.
-    """
-    whole = vars(module)
-    if whole['_forward_hooks'] or whole['_forward_pre_hooks'] or ('forward' in whole and '_hf_hook' not in whole):
-        raise ValueError(
-            f'hooks and forwards of the whole {head} module are not run here: put them on its base_model, or on the '
-            'parts of its head'
-        )
 
 
 def as_numpy(values: torch.Tensor) -> np.ndarray:
