@@ -94,7 +94,8 @@ class Stated:
                 'sentence-transformers puts none before texts: say which you mean with '
                 f"text_prefix={self.unused_prompt!r} or text_prefix=''"
             )
-        if self.unused_query_prompts and settings.get('query_prompt') is None:
+        # Encoders with prompts for tasks are trained with one for queries too; decoders are not always.
+        if chosen.pooling == 'last' and self.unused_query_prompts and settings.get('query_prompt') is None:
             raise ValueError(
                 f'the model has prompts {self.unused_query_prompts}, of which none is named "query", so that '
                 'sentence-transformers puts none before queries unless it is told: say which you mean with '

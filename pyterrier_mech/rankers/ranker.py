@@ -193,8 +193,7 @@ class Ranker(Stage):
 
     def parts(self, values: Fields, fields: Sequence[str]) -> list[tuple[str, Ragged]]:
         """Returns field ('query', 'text', or '' for a part of a prompt) and ids of what a tower reads, part by part."""
-        prepared = self._prepared(values, fields)  # what a folder states is checked before weights are loaded
-        return self.maker.parts(prepared)
+        return self.maker.parts(self._prepared(values, fields))
 
     def words_of(self, values: Fields) -> dict[str, list[Words]]:
         """Returns the words of all texts as this ranker reads them, token by token."""
