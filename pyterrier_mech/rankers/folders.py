@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from pyterrier_mech.anatomy.readouts import READOUTS
-from pyterrier_mech.rankers.loading import load_json, load_tokenizer
+from pyterrier_mech.rankers import loading
+from pyterrier_mech.rankers.loading import load_json
 
 SIMILARITIES = ('cosine', 'dot')
 
@@ -230,7 +231,7 @@ def stated_causal(name: str) -> Stated:
 
 def _chat(name: str, system: str) -> tuple[str, ...]:
     """Returns the chat template around a query and a document; () where the tokenizer has none."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = loading.load_tokenizer(name)
     if not tokenizer.chat_template:
         return ()
     config: dict[str, Any] = _read(name, _TRANSFORMER[0], dict) or {}
