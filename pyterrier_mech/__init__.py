@@ -13,8 +13,25 @@ from pyterrier_mech.attribute import (
     AttributePaths,
     AttributeTokens,
 )
-from pyterrier_mech.circuits import AttentionShares, discover_circuit, faithfulness, head_roles
-from pyterrier_mech.patch import AblatedReranker, AblateHeads, PatchedReranker, PatchHeads, PatchLayers, PatchPaths
+from pyterrier_mech.circuits import (
+    AttentionPatterns,
+    AttentionShares,
+    compare_roles,
+    discover_circuit,
+    faithfulness,
+    head_roles,
+    head_shares,
+)
+from pyterrier_mech.durable import Distributed, Resumable
+from pyterrier_mech.patch import (
+    AblatedReranker,
+    AblateHeads,
+    PatchedReranker,
+    PatchHeads,
+    PatchLayers,
+    PatchParts,
+    PatchPaths,
+)
 from pyterrier_mech.perturb import (
     LNC1,
     LNC2,
@@ -30,8 +47,9 @@ from pyterrier_mech.perturb import (
     perturbation,
 )
 from pyterrier_mech.prune import PrunedReranker
-from pyterrier_mech.rankers import BiEncoder, CausalReranker, CrossEncoder
-from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, NeuronEffects
+from pyterrier_mech.rankers import BiEncoder, CausalReranker, ColBERT, CrossEncoder, Splade
+from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, LayerEffects, NeuronEffects, PathEffects
+from pyterrier_mech.tables import read_frame, write_frame
 from pyterrier_mech.units import Units
 
 __version__ = '0.1.0'
@@ -40,9 +58,11 @@ __all__ = [
     'AblatedReranker',
     'BiEncoder',
     'CausalReranker',
+    'ColBERT',
     'CrossEncoder',
     'PatchedReranker',
     'PrunedReranker',
+    'Splade',
     # edits
     'LNC1',
     'LNC2',
@@ -59,6 +79,7 @@ __all__ = [
     # analyses
     'AblateHeads',
     'Activations',
+    'AttentionPatterns',
     'AttentionShares',
     'AttributeHeads',
     'AttributeLayers',
@@ -67,16 +88,26 @@ __all__ = [
     'AttributeTokens',
     'PatchHeads',
     'PatchLayers',
+    'PatchParts',
     'PatchPaths',
     # results
     'AxiomProfile',
     'Circuit',
     'HeadEffects',
+    'LayerEffects',
     'NeuronEffects',
+    'PathEffects',
     'Units',
+    'compare_roles',
     'discover_circuit',
     'faithfulness',
     'head_roles',
+    'head_shares',
+    'read_frame',
+    'write_frame',
+    # long runs
+    'Distributed',
+    'Resumable',
     # rooms
     'measures',
     'plot',

@@ -2,4 +2,5 @@
 
 from pyterrier_mech.cli import app
 
-app(prog_name='python -m pyterrier_mech')
+if __name__ == '__main__':
+    app(prog_name='python -m pyterrier_mech')

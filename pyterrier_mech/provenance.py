@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from pyterrier_mech.draws import digest
-from pyterrier_mech.units import unit_columns
 
 ANALYSIS = 'analysis'
 """Column that says which analysis wrote the columns of units, with which settings, as JSON."""
@@ -25,7 +24,9 @@ ANALYSIS = 'analysis'
 FITTED_ON = 'pyterrier_mech.fitted_on'
 """Key in a frame's `attrs` of the qids that chose or trained what ranked it: a list, since Parquet keeps JSON."""
 
-_NUMBERED = re.compile(r'(.*[HNL])([0-9]+)(.*)')
+# Of a path, the number of the sender.
+_NUMBERED = re.compile(r'([^>]*[HNL])([0-9]+)(.*)')
+_RANGE = re.compile(r'([^>]*[HNL])([0-9]+)-([0-9]+)(.*)')
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ class Analysis:
         return str(Analysis(self.name, self.settings, [*earlier, *self.columns]))
 
 
-def analysis_of(frame: pd.DataFrame, *, expected: Sequence[str], what: str) -> Analysis:
-    """Returns which analysis wrote the head columns of a frame.
+def analysis_of(frame: pd.DataFrame, columns: Sequence[str], *, expected: Sequence[str], what: str) -> Analysis:
+    """Returns which analysis wrote columns of a frame.
 
     Args:
         frame: The frame.
+        columns: The columns of effects that are needed.
         expected: Classes of the stages that may have written it.
         what: What the columns are needed for, as errors say it.
 
@@ -99,11 +101,12 @@ def analysis_of(frame: pd.DataFrame, *, expected: Sequence[str], what: str) -> A
     analysis = Analysis.parse(found[0]) if found else Analysis(expected[0])
     if analysis.name not in expected:
         raise ValueError(f'{what} needs columns of {" or ".join(expected)}; these are of {analysis.name}')
-    foreign = [unit.name for unit in unit_columns(frame) if unit.name not in set(analysis.columns)]
+    written = set(analysis.columns)
+    foreign = [column for column in columns if column not in written]
     if foreign and found:
         raise ValueError(
             f'the column {foreign[0]!r} was not written by the {analysis.name} that the column {ANALYSIS!r} names: '
-            f'remove it, frame.drop(columns={foreign!r}), or run one analysis for all heads'
+            f'remove it, frame.drop(columns={foreign!r}), or run one analysis for all columns'
         )
     return analysis
 
@@ -132,7 +135,7 @@ def _joined(names: Sequence[str]) -> str:
 def _split(joined: str) -> list[str]:
     names = []
     for part in joined.split():
-        match = re.fullmatch(r'(.*[HNL])([0-9]+)-([0-9]+)(.*)', part)
+        match = _RANGE.fullmatch(part)
         numbers = range(int(match[2]), int(match[3]) + 1) if match else []
         names += [f'{match[1]}{i}{match[4]}' for i in numbers] if match else [part]
     return names

@@ -249,8 +249,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
+        _sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Has the names in a folder survive a loss of power, where the system can."""
+    with suppress(OSError):
+        place = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

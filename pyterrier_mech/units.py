@@ -2,7 +2,7 @@
 
 A site is a tensor that passes through a model: the head outputs of layer 3, the residual stream before layer 3. A unit
 is one entry of a site: a head or a neuron. `L3H7` is a head, `L3N120` a neuron; where a model has several stacks of
-layers, the stack stands first: `cross.L3H7`. Layers and units are counted from 0.
+layers, the stack stands first: `enc.L3H7`, `dec.L3H7`, `cross.L3H7`. Layers and units are counted from 0.
 """
 
 from __future__ import annotations

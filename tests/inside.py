@@ -20,7 +20,12 @@ from pyterrier_mech.anatomy.resizing import keep_units  # noqa: F401
 from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
 from pyterrier_mech.attribute.relp import linearised
 from pyterrier_mech.attribute.tokens import merged  # noqa: F401
-from pyterrier_mech.circuits.roles import FLOWS  # noqa: F401
+from pyterrier_mech.circuits.shares import FLOWS  # noqa: F401
+from pyterrier_mech.durable import distributed, resumable  # noqa: F401
+from pyterrier_mech.durable.digests import stage_digest  # noqa: F401
+from pyterrier_mech.durable.rows import Rows  # noqa: F401
+from pyterrier_mech.durable.store import Store  # noqa: F401
+from pyterrier_mech.durable.workers import ENGINES, Worker, WorkerError  # noqa: F401
 from pyterrier_mech.evaluation import comparison
 from pyterrier_mech.evaluation.bootstrap import ratio_of_sums, vanishes  # noqa: F401
 from pyterrier_mech.evaluation.comparison import _paired_t as paired_t  # noqa: F401
@@ -155,10 +160,11 @@ def sides(model, row, filler='a'):
     versions = [{field: row.get(f'{field}_0', row[field]) for field in ('query', 'text')}, row]
     values = [{field: [version[field]] for field in ('query', 'text')} for version in versions]
     query = next(ids.row(0) for tower in model.towers for name, ids in model.parts(values[1], tower) if name == 'query')
-    aligner, found = Aligner(model.maker, filler), []
+    found = []
     for tower in model.towers:
         parts = [model.parts(one, tower) for one in values]
         ids = ([part.row(0) for _, part in side] for side in parts)
+        aligner = Aligner(model.maker_of(tower), filler)
         one = aligner.align(*ids, [name for name, _ in parts[0]], query=query)
         found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
     return found

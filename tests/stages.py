@@ -1,10 +1,12 @@
 """Every stage, for the checks of `test_contract.py`: a new stage adds one line to `STAGES`."""
 
+import tempfile
 import weakref
 
 import numpy as np
 import torch
 from decoders import TEMPLATE, WORDS, module_of, tokenizer
+from late import masked_around, projected_around
 from toys import frame_of, pairs, reference, wordpiece_tokenizer
 
 from pyterrier_mech import (
@@ -12,6 +14,7 @@ from pyterrier_mech import (
     AblatedReranker,
     AblateHeads,
     Activations,
+    AttentionPatterns,
     AttentionShares,
     AttributeHeads,
     AttributeLayers,
@@ -20,18 +23,23 @@ from pyterrier_mech import (
     AttributeTokens,
     BiEncoder,
     CausalReranker,
+    ColBERT,
     CrossEncoder,
     PatchedReranker,
     PatchHeads,
     PatchLayers,
+    PatchParts,
     PatchPaths,
     Perturb,
     PrunedReranker,
+    Resumable,
+    Splade,
     perturbation,
 )
 from pyterrier_mech.prune import Random
 
 UNITS = ['L0H1', 'L1H3', 'L0N5']
+FOLDERS = tempfile.TemporaryDirectory()
 
 
 def cross(model, **settings):
@@ -54,12 +62,29 @@ def causal(model, **settings):
     return CausalReranker(model, template=TEMPLATE, words=WORDS, **settings)
 
 
+def late(model, **settings):
+    if isinstance(model, str):
+        return ColBERT(model, **settings)
+    return ColBERT(
+        projected_around(model), tokenizer=wordpiece_tokenizer(), **{'max_length': 60, 'query_length': 14, **settings}
+    )
+
+
+def sparse(model, **settings):
+    tokenizer = None if isinstance(model, str) else wordpiece_tokenizer()
+    return Splade(model if isinstance(model, str) else masked_around(model), tokenizer=tokenizer, **settings)
+
+
 def pruned(model, **settings):
     """Fitted, if there is something to fit."""
     stage = PrunedReranker(cross(model), Random(), 0.3, **{'recovery': (), 'multiple': 8, **settings})
     if not isinstance(model, str):
         stage.fit(plain())
     return stage
+
+
+def resumable(model, **settings):
+    return Resumable(PatchHeads(cross(model), **settings), tempfile.mkdtemp(dir=FOLDERS.name), rows=4)
 
 
 def attribute(method):
@@ -84,11 +109,19 @@ STAGES = {
     'CrossEncoder': (cross, plain, False),
     'BiEncoder': (bi, plain, False),
     'CausalReranker': (causal, plain, False),
+    'ColBERT': (late, plain, False),
+    'Splade': (sparse, plain, False),
     'Perturb': (lambda model, **settings: Perturb(TFC1(), **settings), plain, True),
     'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
     'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
     'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
     'PatchHeads of a decoder': (lambda model, **settings: PatchHeads(causal(model), **settings), edited, True),
+    'PatchHeads of a ColBERT': (lambda model, **settings: PatchHeads(late(model), **settings), edited, True),
+    'PatchHeads of a Splade': (lambda model, **settings: PatchHeads(sparse(model), **settings), edited, True),
+    'PatchParts of a ColBERT': (
+        lambda model, **settings: PatchParts(late(model), ['L0H1'], **settings), edited, True
+    ),
+    'PatchParts of a Splade': (lambda model, **settings: PatchParts(sparse(model), **settings), edited, True),
     'PatchLayers': (lambda model, **settings: PatchLayers(cross(model), **settings), edited, True),
     'PatchLayers by position': (
         lambda model, **settings: PatchLayers(bi(model), sites=['mlp_out'], by='position', **settings), edited, True
@@ -138,7 +171,12 @@ STAGES = {
         True,
     ),
     'AttentionShares': (lambda model, **settings: AttentionShares(cross(model), **settings), plain, True),
+    'AttentionShares of a bi-encoder': (lambda model, **settings: AttentionShares(bi(model), **settings), plain, True),
+    'AttentionPatterns': (
+        lambda model, heads=UNITS[:2], **settings: AttentionPatterns(cross(model), heads, **settings), plain, True
+    ),
     'PrunedReranker': (pruned, plain, False),
+    'Resumable': (resumable, edited, True),
 }  # fmt: skip
 # The setting that names units, and whether neurons may be among them.
 WITH_UNITS = {
@@ -149,10 +187,13 @@ WITH_UNITS = {
     'PatchedReranker': ('units', True),
     'AttributeHeads by patching': ('heads', False),
     'AttributeHeads by gradient': ('heads', False),
+    'AttentionPatterns': ('heads', False),
     'PrunedReranker': ('protect', True),
 }
-# These compute with the parts of the layers, and refuse a module with hooks.
-UNHOOKABLE = ['AttributeHeads by RelP', 'AttentionShares']
+# These refuse a module with hooks: they compute with the parts of the layers, or keep results by its weights.
+UNHOOKABLE = [
+    'AttributeHeads by RelP', 'AttentionShares', 'AttentionShares of a bi-encoder', 'AttentionPatterns', 'Resumable'
+]  # fmt: skip
 # Not built around the module that is given.
 DECODING = ['CausalReranker', 'PatchHeads of a decoder']
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]

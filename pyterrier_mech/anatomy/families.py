@@ -26,6 +26,7 @@ class Family:
         head_dim: Path of the width of one head, from a layer.
         mlp_out: Path of the last linear map of the feed-forward block, from a layer. Its input are the neurons.
         classify: From (classification module, pooled vectors [..., d]) to logits [..., labels].
+        vocabulary: From (masked language model, hidden states [..., d]) to what its last linear map reads.
         pooling: How the classifier reads the sequence: 'cls', 'mean' or 'last'; a dotted config path if the config says
             it.
         causal: Whether a token sees itself and earlier tokens alone.
@@ -51,6 +52,7 @@ class Family:
     head_dim: str
     mlp_out: str
     classify: Callable[[Any, torch.Tensor], torch.Tensor]
+    vocabulary: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     pooling: str = 'cls'
     causal: bool = False
     qkv: tuple[str, ...] = ()
@@ -105,6 +107,26 @@ def _classify_last(module: Any, pooled: torch.Tensor) -> torch.Tensor:
     return module.score(pooled)
 
 
+def _vocabulary_bert(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return module.cls.predictions.transform(hidden)
+
+
+def _vocabulary_electra(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return module.generator_predictions(hidden)
+
+
+def _vocabulary_lm_head(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return module.lm_head.layer_norm(F.gelu(module.lm_head.dense(hidden)))
+
+
+def _vocabulary_distilbert(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return module.vocab_layer_norm(module.activation(module.vocab_transform(hidden)))
+
+
+def _vocabulary_modernbert(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return module.head(hidden)
+
+
 _BERT_NAMES = {
     'layers': 'encoder.layer',
     'attention_out': 'attention.output.dense',
@@ -144,12 +166,22 @@ def known_types(fits: Callable[[Family], bool]) -> list[str]:
     return sorted(name for name, family in _FAMILIES.items() if fits(family))
 
 
-register_family(Family(('bert',), classify=_classify_bert, **_BERT_NAMES))  # type: ignore[arg-type]
-register_family(Family(('electra',), classify=_classify_head, **_BERT_NAMES))  # type: ignore[arg-type]
+register_family(
+    Family(('bert',), classify=_classify_bert, vocabulary=_vocabulary_bert, **_BERT_NAMES)  # type: ignore[arg-type]
+)
+register_family(
+    Family(
+        ('electra',),
+        classify=_classify_head,
+        vocabulary=_vocabulary_electra,
+        **_BERT_NAMES,  # type: ignore[arg-type]
+    )
+)
 register_family(
     Family(
         ('roberta', 'xlm-roberta', 'camembert'),
         classify=_classify_head,
+        vocabulary=_vocabulary_lm_head,
         positions_after_padding=True,
         **_BERT_NAMES,  # type: ignore[arg-type]
     )
@@ -158,6 +190,7 @@ register_family(
     Family(
         ('distilbert',),
         classify=_classify_distilbert,
+        vocabulary=_vocabulary_distilbert,
         layers='transformer.layer',
         attention_out='attention.out_lin',
         head_dim='attention.attention_head_size',
@@ -173,6 +206,7 @@ register_family(
     Family(
         ('modernbert',),
         classify=_classify_modernbert,
+        vocabulary=_vocabulary_modernbert,
         pooling='config.classifier_pooling',
         layers='layers',
         attention_out='attn.Wo',
@@ -205,6 +239,7 @@ register_family(
     Family(
         ('mpnet',),
         classify=_classify_head,
+        vocabulary=_vocabulary_lm_head,
         positions_after_padding=True,
         layers='encoder.layer',
         attention_out='attention.attn.o',

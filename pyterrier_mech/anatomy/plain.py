@@ -19,6 +19,8 @@ from pyterrier_mech.anatomy.layers import Layer
 _NORMS = (nn.LayerNorm, nn.Identity)
 _KERNELS = ('eager', 'sdpa', None)
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+# Transformers leaves hooks in a module that was once asked for its attentions or hidden states: they only look on.
+_RECORDER = 'transformers.utils.output_capturing'
 _GLOBAL_HOOKS = ('_global_forward_hooks', '_global_forward_pre_hooks')
 
 
@@ -32,14 +34,8 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
         return 'tokens see later ones (is_causal is False)'
     if getattr(module.config, '_attn_implementation', None) not in _KERNELS:
         return f'attention runs by {module.config._attn_implementation!r}'
-    # Those of torch itself, as of its counter of operations, look on and change nothing.
-    hooks = [hook for name in _GLOBAL_HOOKS for hook in getattr(torch_modules, name, {}).values()]
-    if any(not str(getattr(hook, '__module__', '')).startswith('torch.') for hook in hooks):
-        return 'there are global hooks on modules'
-    known = {'torch', 'transformers', 'pyterrier_mech', _root(module.base_model.__class__)}
-    for part in module.modules():
-        if reason := _touched(part, known):
-            return f'a {type(part).__name__} {reason}'
+    if reason := why_not_own(module):
+        return reason
     for number, layer in enumerate(layers):
         for part in layer.linear_parts:
             if type(part) is not nn.Linear:
@@ -58,6 +54,19 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
     return ''
 
 
+def why_not_own(module: Any) -> str:
+    """Returns why a module may give something else than its classes and weights say, or ''."""
+    # Those of torch itself, as of its counter of operations, look on and change nothing.
+    hooks = [hook for name in _GLOBAL_HOOKS for hook in getattr(torch_modules, name, {}).values()]
+    if any(not str(getattr(hook, '__module__', '')).startswith('torch.') for hook in hooks):
+        return 'there are global hooks on modules'
+    known = {'torch', 'transformers', 'pyterrier_mech', _root(module.base_model.__class__)}
+    for part in module.modules():
+        if reason := _touched(part, known):
+            return f'a {type(part).__name__} {reason}'
+    return ''
+
+
 def _attention(layer: Layer) -> Any:
     path = layer.family.qkv[0].rpartition('.')[0]
     return attrgetter(path)(layer.module) if path else layer.module
@@ -65,9 +74,9 @@ def _attention(layer: Layer) -> Any:
 
 def _touched(part: nn.Module, known: set[str]) -> str:
     state = part.__dict__
-    for name in _HOOKS:
-        if state.get(name):
-            return 'has hooks'
+    hooks = [hook for name in _HOOKS for hook in (state.get(name) or {}).values()]
+    if any(getattr(hook, '__module__', None) != _RECORDER for hook in hooks):
+        return 'has hooks'
     if 'forward' in state:
         return 'has a forward of its own'
     if state.get('_compiled_call_impl') is not None:

@@ -62,6 +62,12 @@ class Activations(Keeping, ModelStage):
     _: KW_ONLY
     keep: str = choice(['mean', 'sum', 'read', 'token_type', 'all'])
 
+    def check(self) -> None:
+        """Checks the settings, before any work."""
+        super().check()
+        if self.keep == 'read' and not self.model.one_vector:
+            raise ValueError(f"keep='read' needs one vector a sequence, and {self.model!r} reads all: use keep='all'")
+
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Reads every row of a frame."""
         self.check()

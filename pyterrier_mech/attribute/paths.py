@@ -57,9 +57,12 @@ class AttributePaths(PatchPaths):
         read = self._read()
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:
-            with model.computing(gradients=True):
-                base = self._ordered([ORIGINAL, PERTURBED])[0]
-                _, values, gradients = with_gradients(model, inputs, rows, base, read)
+            values: list[Values] = [{} for _ in inputs.towers]
+            gradients: list[Values] = list(values)
+            if read:
+                with model.computing(gradients=True):
+                    base = self._ordered([ORIGINAL, PERTURBED])[0]
+                    _, values, gradients = with_gradients(model, inputs, rows, base, read)
             vectors, effects = [], torch.zeros(0)
             for tower in range(len(inputs.towers)):
                 direct, sent = self._told(engine, inputs, tower, rows, number, values[tower], gradients[tower])
@@ -92,7 +95,8 @@ class AttributePaths(PatchPaths):
         receivers = self._receivers()
         both, (base, source) = self._frozen_sides(engine, inputs, tower, rows)
         to_score = len(senders) if None in receivers else 0
-        vectors = torch.cat([both, self._ordered(both)[0].expand(to_score, -1, -1)])
+        plain = self._ordered(both)[0]
+        vectors = torch.cat([both, plain.expand(to_score, *plain.shape)])
         effects = both.new_zeros(len(number), len(rows))
         active = [senders[i] for i in changing(model.map, base, source.values, senders)]
         if not active:

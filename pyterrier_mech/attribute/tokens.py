@@ -99,18 +99,18 @@ def merged(model: Any, texts: dict[str, str], length: int) -> tuple[list[str], l
         texts: Query and text, or the one that the tower reads.
         length: Tokens of the input.
     """
-    maker = model.maker
     if model.prompted:
         return _merged_in_prompt(model, texts)
+    maker = model.maker_of(tuple(texts))
     whole = [model.prepared(field, text) for field, text in texts.items()]
     parts = [_pieces(maker.tokenizer, text) for text in whole]
     kept = [int(k[0]) for k in maker.kept([np.asarray([len(part)]) for part in parts])]
     words: list[str] = []
     starts: list[int] = []
-    position = 0
+    tokens, position = maker.tokenizer.convert_ids_to_tokens, 0
     for i, specials in enumerate(maker.template(len(parts)).specials):
         for token in specials:
-            words.append(maker.tokenizer.convert_ids_to_tokens(token))
+            words.append(tokens(token))
             starts.append(position)
             position += 1
         if i < len(parts):
@@ -118,6 +118,10 @@ def merged(model: Any, texts: dict[str, str], length: int) -> tuple[list[str], l
                 words.append(word)
                 starts.append(position + offset)
             position += kept[i]
+    if maker.fill is not None:
+        starts += range(position, maker.fill.length)
+        words += [tokens(maker.fill.token)] * (maker.fill.length - position)
+        position = max(position, maker.fill.length)
     if position != length:
         raise ValueError(f'{model!r}: its tokenizer gives {position} tokens for an input of {length}')
     return words, starts

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.inputs.tokens import InputMaker
+from pyterrier_mech.inputs.tokens import FILLED, TOKEN, InputMaker
 from pyterrier_mech.inputs.words import Placed
 
 MASK_FILLER = 'mask'
@@ -69,7 +69,7 @@ class Alignment:
         original: Token ids of the original input [tokens].
         perturbed: Token ids of the perturbed input [tokens].
         segments: Segment ids of both [tokens].
-        original_mask: 1 where the original input has a token that may be attended to, else 0 [tokens].
+        original_mask: `TOKEN` or `FILLED` where the original input has one, else 0 [tokens].
         perturbed_mask: The same for the perturbed input.
         changes: For every position 'same', 'replaced', 'inserted' (the perturbed input has more) or 'deleted'.
         plain_types: For every position 'cls', 'sep', 'prompt', 'query', 'doc_match' (a document token that occurs in
@@ -228,13 +228,25 @@ class Aligner:
             [[segment] * len(c) for segment, c in zip(template.part_segments, columns, strict=True)],
             template.special_segments,
         )
-        ones = [[1] * len(tokens) for tokens in template.specials]
+        ones = [[TOKEN] * len(tokens) for tokens in template.specials]
         sides = []
         for side in (1, 2):
             tokens = [[self._filler_id if cell[side] is None else cell[side] for cell in c] for c in columns]
-            shown = [[int(self.filler != MASK_FILLER or cell[side] is not None) for cell in c] for c in columns]
+            hidden = [[self.filler == MASK_FILLER and cell[side] is None for cell in c] for c in columns]
+            shown = [[0 if one else TOKEN for one in c] for c in hidden]
             sides.append((template.framed(tokens, template.specials), template.framed(shown, ones)))
         (original, mask_0), (perturbed, mask_1) = sides
+        if self.maker.fill is not None:
+            added = [max(0, self.maker.fill.length - sum(mask)) for mask in (mask_0, mask_1)]
+            for (ids, mask), count in zip(sides, added, strict=True):
+                missing = max(added) - count
+                ids += [self.maker.fill.token] * count + [self.maker.pad_id] * missing
+                mask += [FILLED] * count + [0] * missing
+            changes += [_SAME] * min(added) + [_INSERTED if added[0] < added[1] else _DELETED] * abs(
+                added[0] - added[1]
+            )
+            types += ['sep'] * max(added)
+            segments += [0] * max(added)
         arrays = [np.asarray(values, dtype=np.int64) for values in (original, perturbed, segments, mask_0, mask_1)]
         return Alignment(*arrays, tuple(changes), tuple(types), problem)  # type: ignore[call-arg, arg-type]
 

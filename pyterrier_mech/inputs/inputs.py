@@ -50,7 +50,7 @@ class PlainTower:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every row, special tokens included."""
-        return np.sum([part.lengths for part in self.parts], axis=0) + self.maker.template(len(self.parts)).n_special
+        return self.maker.totals([part.lengths for part in self.parts])
 
     def ids(self, row: int) -> np.ndarray:
         """Returns the token ids of a row [tokens]."""
@@ -70,7 +70,7 @@ class PlainTower:
             else ['doc_match' if token in query else 'doc_other' for token in part.row(row).tolist()]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
-        return template.framed(parts, template.special_types())
+        return self.maker.filled(template.framed(parts, template.special_types()), 'sep')
 
     def placed(self, row: int) -> list[Placed]:
         """Returns field and token of every position of a row, twice the same."""
@@ -79,7 +79,8 @@ class PlainTower:
             [(field, token, token) if field else ('', None, None) for token in range(int(part.lengths[row]))]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
-        return template.framed(parts, [[('', None, None)] * len(tokens) for tokens in template.specials])
+        special: Placed = ('', None, None)
+        return self.maker.filled(template.framed(parts, [[special] * len(ones) for ones in template.specials]), special)
 
     def changed(self, row: int) -> list[bool]:
         """There is one version."""
@@ -90,7 +91,7 @@ class PlainTower:
         return True
 
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, attention mask and segment ids of some rows."""
+        """Returns ids, mask (`TOKEN`, `FILLED` or 0) and segment ids of some rows."""
         return self.maker.joined([part.take(rows) for part in self.parts])
 
 
@@ -131,7 +132,7 @@ class AlignedTower:
         return bool(self.alignments[row].problem)
 
     def arrays(self, rows: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, attention mask and segment ids of one side of some rows."""
+        """Returns ids, mask (`TOKEN`, `FILLED` or 0) and segment ids of one side of some rows."""
         picked = [self.alignments[row] for row in rows]
         names = ((side, self.pad), (f'{side}_mask', 0), ('segments', 0))
         ids, mask, segments = (_padded([getattr(one, name) for one in picked], fill) for name, fill in names)
@@ -180,26 +181,29 @@ class Inputs:
         values = checked_rows(queries, texts)
         parts = [model.parts(values, tower) for tower in model.towers]
         query = _query(parts) if types else None
-        towers = [PlainTower(model.maker, *_split(tower), query) for tower in parts]
+        towers = [
+            PlainTower(model.maker_of(fields), *_split(tower), query)
+            for fields, tower in zip(model.towers, parts, strict=True)
+        ]
         return cls(model, towers, [''] * len(values['query']), [values] if types else [])
 
     @classmethod
     def of_field(cls, model: Any, field: str, texts: Sequence[str]) -> Inputs:
         """Makes the inputs of the tower of a bi-encoder that reads one field alone."""
         parts = model.parts({field: texts}, (field,))
-        return cls(model, [PlainTower(model.maker, *_split(parts), None)], [''] * len(texts))
+        return cls(model, [PlainTower(model.maker_of((field,)), *_split(parts), None)], [''] * len(texts))
 
     @classmethod
     def pairs(cls, model: Any, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
         """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
-        aligner = Aligner(model.maker, filler)
+        aligners = [Aligner(model.maker_of(tower), filler) for tower in model.towers]
         sides = [[model.parts(texts, tower) for tower in model.towers] for texts in (original, perturbed)]
         query = _query(sides[1])
 
         def align(tower: int, row: int) -> Alignment:
             before, after = ([ids.row(row) for _, ids in side[tower]] for side in sides)
             fields = [field for field, _ in sides[0][tower]]
-            return aligner.align(before, after, fields, query=query.row(row))
+            return aligners[tower].align(before, after, fields, query=query.row(row))
 
         aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in range(len(model.towers))]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
@@ -232,18 +236,18 @@ class Inputs:
         model = self.model
         lengths = self.towers[tower].lengths[np.asarray(rows)]
         ids, mask, segments = self.towers[tower].arrays(np.asarray(rows), side)
-        device = model.map.device
-        inputs = {'input_ids': torch.from_numpy(ids).to(device), 'attention_mask': torch.from_numpy(mask).to(device)}
-        if model.maker.uses_segments:
+        fields = self.towers[tower].fields
+        maker, device = model.maker_of(fields), model.map.device
+        attended, shown = (torch.from_numpy(part).to(device) for part in (maker.attended(mask), (mask > 0).astype(int)))
+        inputs = {'input_ids': torch.from_numpy(ids).to(device), 'attention_mask': attended}
+        if maker.uses_segments:
             inputs['token_type_ids'] = torch.from_numpy(segments).to(device)
-        if int(mask.sum()) != int(lengths.sum()):
-            first, counted = first_position(model.map.base.config), inputs['attention_mask']
+        if int(shown.sum()) != int(lengths.sum()):
+            first, counted = first_position(model.map.base.config), shown
             if first:  # such models do not count padding tokens, wherever they stand
                 counted = counted * (inputs['input_ids'] != first - 1)
             inputs['position_ids'] = (counted.cumsum(1) * counted - 1 + first).clamp(min=0)
-        shown = inputs['attention_mask']
-        counted = model.counted(inputs['input_ids'], shown)
-        return Batch(inputs, counted * (shown.cumsum(1) > model.unscored(self.towers[tower].fields)))
+        return Batch(inputs, model.scored(fields, inputs['input_ids'], shown))
 
     def types(
         self, tower: int, rows: Sequence[int] | np.ndarray, inserted: bool = True, scheme: str = 'basic'

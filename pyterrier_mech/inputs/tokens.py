@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,23 @@ from pyterrier_mech.frames import Fields
 from pyterrier_mech.inputs.words import Words, words_of
 
 _T = TypeVar('_T')
+
+TOKEN, FILLED = 1, 2
+"""What a mask says of a position: it has a token, or one that fills the row up. 0 is padding, or hidden."""
+
+
+class Fill(NamedTuple):
+    """What fills short sequences up, as ColBERT fills its queries up with masks.
+
+    Attributes:
+        token: Its id.
+        length: Sequences with fewer tokens get this many.
+        attended: Whether other tokens attend to it.
+    """
+
+    token: int
+    length: int
+    attended: bool
 
 
 @dataclass(frozen=True)
@@ -61,26 +78,33 @@ class Template:
         return [*chain.from_iterable(chain(*pair) for pair in zip(specials, parts, strict=False)), *specials[-1]]
 
     def special_types(self) -> list[list[str]]:
-        """Returns the types of the special tokens: the first of all is 'cls', the others are 'sep'."""
-        types = [['sep'] * len(tokens) for tokens in self.specials]
-        first = next((tokens for tokens in types if tokens), None)
-        if first is not None and types[0]:
-            first[0] = 'cls'
-        return types
+        """Returns the types of the special tokens: those before the text are 'cls', the others are 'sep'."""
+        return [['sep' if place else 'cls'] * len(tokens) for place, tokens in enumerate(self.specials)]
 
 
 class InputMaker:
     """Tokenises texts and builds padded batches for a tokenizer and a maximum length."""
 
-    def __init__(self, tokenizer: Any, max_length: int, uses_segments: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        uses_segments: bool = False,
+        marker: int | None = None,
+        fill: Fill | None = None,
+    ):
         """Keeps the tokenizer; nothing is read from it yet.
 
         Args:
             tokenizer: A fast tokenizer.
             max_length: Tokens of a sequence, special tokens included.
             uses_segments: Whether the model is given segment ids.
+            marker: Token that says what a text is, put between the first special tokens and the text.
+            fill: What fills short sequences up.
         """
         self.tokenizer = tokenizer
+        self.marker = marker
+        self.fill = fill
         self.max_length = max_length
         self.uses_segments = uses_segments
         self._templates: dict[int, Template] = {}
@@ -102,6 +126,9 @@ class InputMaker:
                 else:
                     part_segments[owner] = segment
                     seen = owner + 1
+            if self.marker is not None:
+                specials[0].append(self.marker)
+                special_segments[0].append(0)
             self._templates[n_parts] = Template(
                 tuple(map(tuple, specials)), tuple(map(tuple, special_segments)), tuple(part_segments)
             )
@@ -111,6 +138,20 @@ class InputMaker:
     def pad_id(self) -> int:
         """Token that fills a row up."""
         return self.tokenizer.pad_token_id or 0
+
+    def totals(self, lengths: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the tokens of every row, special ones and fill included, from those of each part."""
+        totals = self.template(len(lengths)).n_special + np.sum(lengths, axis=0)
+        return totals if self.fill is None else np.maximum(totals, self.fill.length)
+
+    def filled(self, values: list[_T], fill: _T) -> list[_T]:
+        """Returns one value a position, from those of the tokens that are no fill."""
+        return values if self.fill is None else values + [fill] * (self.fill.length - len(values))
+
+    def attended(self, mask: np.ndarray) -> np.ndarray:
+        """Returns 1 where a position may be attended to, from a mask of `TOKEN` and `FILLED`."""
+        fill = self.fill is not None and self.fill.attended
+        return (mask > 0 if fill else mask == TOKEN).astype(np.int64)
 
     def tokenize(self, texts: Sequence[str]) -> Ragged:
         """Returns the ids of every text without special tokens; equal texts are tokenised once."""
@@ -176,12 +217,12 @@ class InputMaker:
             parts: One text, or query and text, already cut to their kept lengths.
 
         Returns:
-            Token ids, attention mask and segment ids, [rows, tokens] each.
+            Token ids, a mask of `TOKEN`, `FILLED` and 0, and segment ids, [rows, tokens] each.
         """
         template = self.template(len(parts))
         n_rows = len(parts[0].lengths)
         totals = template.n_special + np.sum([part.lengths for part in parts], axis=0)
-        width = int(totals.max())
+        width = int(self.totals([part.lengths for part in parts]).max())
         ids = np.full((n_rows, width), self.pad_id, dtype=np.int64)
         segments = np.zeros((n_rows, width), dtype=np.int64)
         rows = np.arange(n_rows)
@@ -196,4 +237,8 @@ class InputMaker:
                 ids[row, cursor[row] + column] = parts[i].flat[parts[i].starts[row] + column]
                 segments[row, cursor[row] + column] = template.part_segments[i]
                 cursor = cursor + parts[i].lengths
-        return ids, (np.arange(width) < totals[:, None]).astype(np.int64), segments
+        mask = TOKEN * (np.arange(width) < totals[:, None]).astype(np.int64)
+        if self.fill is not None:
+            filled = (mask == 0) & (np.arange(width) < self.fill.length)
+            ids[filled], mask[filled] = self.fill.token, FILLED
+        return ids, mask, segments

@@ -69,10 +69,17 @@ class RowWords:
     def _words(self) -> list[dict[str, list[Words]]]:
         return [self.model.words_of(one) for one in self.versions]
 
-    def of(self, tower: Tower, row: int, side: int = -1) -> list[str]:
-        """Returns the word of every position of a row in one version (0 is the original); '' where there is none."""
-        words = self._words[side]
-        return [words[field][row].name((a, b)[side]) if field else '' for field, a, b in tower.placed(row)]
+    def of(self, tower: Tower, row: int) -> list[str]:
+        """Returns the word of every position of a row in the last version; '' where there is none."""
+        return ['' if word is None else self._name(row, *word) for word in self.instances(tower, row)]
+
+    def instances(self, tower: Tower, row: int) -> list[tuple[str, int] | None]:
+        """Returns which word of which field stands at every position of a row in the last version, None for none."""
+        words = self._words[-1]
+        return [
+            (field, words[field][row].owners[after]) if after is not None else None
+            for field, _, after in tower.placed(row)
+        ]
 
     def query(self, row: int) -> set[str]:
         """Returns the words of the query, of both versions."""
@@ -93,27 +100,25 @@ class RowWords:
 
     def types(self, tower: Tower, row: int, inserted: bool = True) -> list[str]:
         """Returns the type of every position of a row, one of `LITERATURE`."""
-        added, query, edited = self.added(row), self.query(row), self._edited(tower, row)
+        added, query = self.added(row), self.query(row)
+        words = self.instances(tower, row)
+        own = {word for word, changed in zip(words, tower.changed(row), strict=True) if changed}
         basic = tower.types(row, inserted)
         last_separator = max((place for place, kind in enumerate(basic) if kind == 'sep'), default=-1)
         types = []
-        for place, (kind, (field, before, after)) in enumerate(zip(basic, tower.placed(row), strict=True)):
+        for place, (kind, (field, before, _), word) in enumerate(zip(basic, tower.placed(row), words, strict=True)):
             if kind == 'sep':
                 types.append('sep_last' if place == last_separator else 'sep_first')
             elif kind in ('cls', 'inserted', 'prompt'):
                 types.append(kind)
             else:
-                words = self._words[0 if after is None else -1][field][row]
-                name = words.name(before if after is None else after)
-                own = after is not None and (field, words.owners[after]) in edited
-                types.append(_type(field, name, name in added and not own, query))
+                # What only the original has is one of its words.
+                name = self._words[0][field][row].name(before) if word is None else self._name(row, *word)
+                types.append(_type(field, name, name in added and word not in own, query))
         return types
 
-    def _edited(self, tower: Tower, row: int) -> set[tuple[str, int]]:
-        """Returns the words (field, number) of the last version that have a token of their own."""
-        both = zip(tower.placed(row), tower.changed(row), strict=True)
-        found = [(field, after) for (field, _, after), changed in both if changed and after is not None]
-        return {(field, self._words[-1][field][row].owners[token]) for field, token in found}
+    def _name(self, row: int, field: str, number: int) -> str:
+        return self._words[-1][field][row].names[number]
 
 
 def _type(field: str, name: str, same: bool, query: set[str]) -> str:

@@ -7,7 +7,8 @@ intervention on chosen `Units`, so that it can be evaluated.
 from pyterrier_mech.patch.ablate import AblateHeads
 from pyterrier_mech.patch.heads import PatchHeads
 from pyterrier_mech.patch.layers import PatchLayers
+from pyterrier_mech.patch.parts import PatchParts
 from pyterrier_mech.patch.paths import PatchPaths
 from pyterrier_mech.patch.rerankers import AblatedReranker, PatchedReranker
 
-__all__ = ['AblateHeads', 'AblatedReranker', 'PatchHeads', 'PatchLayers', 'PatchPaths', 'PatchedReranker']
+__all__ = ['AblateHeads', 'AblatedReranker', 'PatchHeads', 'PatchLayers', 'PatchParts', 'PatchPaths', 'PatchedReranker']

@@ -17,8 +17,22 @@ PATCHABLE = 'yes'
 
 def reasons(inputs: Inputs) -> str:
     """Returns why rows cannot be patched, counted; '' if all can."""
-    counted = pd.Series([inputs.problems[row] for row in inputs.rest], dtype=object).value_counts()
+    return _counted([inputs.problems[row] for row in inputs.rest])
+
+
+def _counted(problems: Sequence[str]) -> str:
+    counted = pd.Series(problems, dtype=object).value_counts()
     return ', '.join(f'{reason}: {count}' for reason, count in counted.items())
+
+
+def warn_of_problems(problems: Sequence[str], stacklevel: int) -> None:
+    """Warns, once, of the rows that cannot be patched; a problem is '' where there is none."""
+    rest = [problem for problem in problems if problem]
+    if rest:
+        warnings.warn(
+            f'{len(rest)} of {len(problems)} pairs cannot be patched ({_counted(rest)}); see the patchable column',
+            stacklevel=stacklevel + 1,
+        )
 
 
 def started(model: Any, inputs: Inputs, versions: Sequence[Fields], n_effects: int) -> np.ndarray:
@@ -36,11 +50,7 @@ def started(model: Any, inputs: Inputs, versions: Sequence[Fields], n_effects: i
     if len(inputs.rest):
         for row, texts in enumerate(versions):
             table[row, inputs.rest] = model.score(*[[texts[f][i] for i in inputs.rest] for f in ('query', 'text')])
-        warnings.warn(
-            f'{len(inputs.rest)} of {len(inputs)} pairs cannot be patched ({reasons(inputs)}); '
-            'see the patchable column',
-            stacklevel=4,
-        )
+        warn_of_problems(inputs.problems, 4)
     return table
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from pyterrier_mech.anatomy.model import Run
+from pyterrier_mech.columns import PATHS, SCORE, SENDERS
 from pyterrier_mech.frames import Fields, two_versions, with_columns
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.engine import Engine, patched
@@ -21,8 +22,7 @@ from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import units
 from pyterrier_mech.units import HEADS, Site, Unit, Units, parse
 
-SCORE, ALL = 'score', 'all'
-SENDERS = 'path_senders'
+ALL = 'all'
 
 Path = tuple[Unit, Unit | None]
 """Sender and receiver; None is the score."""
@@ -136,7 +136,7 @@ class PatchPaths(Patching):
         for path in paths:
             values = np.asarray(columns.pop(path_name(*path)))
             array = arrays.setdefault(
-                f'paths.{receiver_name(path[1])}', np.full((n_rows, len(senders)), np.nan, dtype=values.dtype)
+                PATHS + receiver_name(path[1]), np.full((n_rows, len(senders)), np.nan, dtype=values.dtype)
             )
             array[:, place[path[0]]] = values
         names = [unit.name for unit in senders]
@@ -168,7 +168,7 @@ class PatchPaths(Patching):
         receivers = [receiver for receiver in self._receivers() if receiver is not None]
         both, (base, source) = self._frozen_sides(engine, inputs, tower, rows)
         plain = self._ordered(both)[0]
-        vectors = torch.cat([both, plain.expand(len(number), -1, -1)])
+        vectors = torch.cat([both, plain.expand(len(number), *plain.shape)])
         active = [senders[i] for i in changing(self.model.map, base, source.values, senders)]
         if not active:
             return vectors

@@ -117,11 +117,16 @@ class Sweep(Patching):
             for tower, (both, runs) in enumerate(seen):
                 n_tokens = runs[0].batch.shape[1]
                 where = torch.eye(n_tokens, dtype=torch.bool, device=both.device)[:, None].expand(-1, len(rows), -1)
-                variants = [Variant(site, unit, one) for site, unit, _ in parts for one in where]
-                vectors = [self._ordered(one)[0] for one in plain]
-                vectors[tower] = self._patched(engine, both, runs, variants)
-                scores = model.finite(as_numpy(model.read(vectors)))
-                found.append(scores.reshape(len(parts), n_tokens, len(rows)))
+                vectors, scores = [self._ordered(one)[0] for one in plain], []
+                # Many vectors a sequence are not kept for all parts at a time.
+                size = len(parts) if model.one_vector else 1
+                for start in range(0, len(parts), size):
+                    some = parts[start : start + size]
+                    variants = [Variant(site, unit, one) for site, unit, _ in some for one in where]
+                    vectors[tower] = self._patched(engine, both, runs, variants)
+                    scores.append(as_numpy(model.read(vectors)))
+                of_tower = model.finite(np.concatenate(scores))
+                found.append(of_tower.reshape(len(parts), n_tokens, len(rows)))
             return found
 
         for rows, (scores, *towers) in self._swept(inputs, len(parts) * inputs.lengths, step):

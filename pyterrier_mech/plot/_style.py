@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 MINUS = '\N{MINUS SIGN}'
 _LEGEND: dict[str, Any] = {'frameon': False, 'borderpad': 0, 'handletextpad': 0.5, 'columnspacing': 1.5}
@@ -42,6 +42,14 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return new_figure(size).subplots() if ax is None else ax
 
 
+def panels(
+    figure: Figure | SubFigure | None, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> np.ndarray:
+    """Returns the axes [rows, columns] of a figure of several panels, in `figure` or in a new one."""
+    where = new_figure(size) if figure is None else figure
+    return where.subplots(rows, columns, squeeze=False, **options)
+
+
 def grid_size(n_layers: int, n_heads: int) -> tuple[float, float]:
     """Returns the size in inches of a figure with a cell for each head."""
     # Cells of a large model shrink to what a label of 6.5 points needs, so that the figure still fits a page.
@@ -71,8 +79,8 @@ def plain_axes(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
-    """Puts a legend below the label of the x axis, where there is anything to name.
+def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2, depth: float = 0.42) -> None:
+    """Puts a legend below the label of the x axis, `depth` inches below the axes, where there is anything to name.
 
     Where no layout of Matplotlib makes room for it, the axes go up.
     """
@@ -82,9 +90,11 @@ def legend_below(ax: Axes, handles: Sequence[Any], ncols: int = 2) -> None:
         return
     # `figure` is a part of one where the axes stand in a part.
     figure = cast('Figure', ax.figure)
-    below_label = ax.transAxes + ScaledTranslation(0, -0.42, figure.dpi_scale_trans)
+    below_label = ax.transAxes + ScaledTranslation(0, -depth, figure.dpi_scale_trans)
     place: dict[str, Any] = {'loc': 'upper center', 'bbox_to_anchor': (0.5, 0), 'bbox_transform': below_label}
     legend = ax.legend(handles=handles, ncols=ncols, fontsize=8, **place, **_LEGEND)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # before anything measures them
     if figure.get_layout_engine() is None:
         below = legend.get_window_extent().transformed(figure.transSubfigure.inverted()).y0
         if below < 0:
@@ -109,11 +119,25 @@ def finish(ax: Axes, title: str | None, *beside: Axes) -> Figure:
     Returns:
         Their figure.
     """
+    if title is not None:
+        ax.set_title(title, fontsize=10)
+    return literal(ax, *beside)
+
+
+def finish_panels(axes: np.ndarray, title: str | None, *beside: Axes) -> Figure:
+    """Puts a title above all panels, if there is one, and makes every text literal. See `finish`."""
+    first, *others = axes.flat
+    if title is not None:
+        heading = first.figure.suptitle(title, fontsize=10)
+        heading.set_parse_math(False)
+    return literal(first, *others, *beside)
+
+
+def literal(ax: Axes, *beside: Axes) -> Figure:
+    """Makes every text of axes literal, and returns their figure."""
     from matplotlib.text import Text
     from matplotlib.ticker import ScalarFormatter
 
-    if title is not None:
-        ax.set_title(title, fontsize=10)
     for part in (ax, *beside):
         for formatter in (part.xaxis.get_major_formatter(), part.yaxis.get_major_formatter()):
             if isinstance(formatter, ScalarFormatter):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
-from pyterrier_mech.inputs.batching import in_batches
-from pyterrier_mech.inputs.inputs import Inputs, checked_rows, checked_texts
+from pyterrier_mech.inputs.inputs import checked_texts
 from pyterrier_mech.rankers.folders import Stated, stated_bi_encoder
-from pyterrier_mech.rankers.ranker import Edits, Ranker, as_numpy
+from pyterrier_mech.rankers.ranker import as_numpy
+from pyterrier_mech.rankers.two_towers import TwoTowers
 
 
 @dataclass(eq=False, repr=False)
-class BiEncoder(Ranker):
+class BiEncoder(TwoTowers):
     """Re-ranks with the similarity of a query vector and a text vector.
 
     **Input columns**: qid, query, docno, text. **Output columns**: the same with score and rank.
@@ -46,9 +44,6 @@ class BiEncoder(Ranker):
         ValueError: When first used, if the family is unknown, or pooling or similarity are not known or not given.
     """
 
-    towers = (('query',), ('text',))
-    classifier = False
-
     _: KW_ONLY
     pooling: str | None = None
     similarity: str | None = None
@@ -56,31 +51,10 @@ class BiEncoder(Ranker):
     query_prefix: str | None = None
     text_prefix: str | None = None
 
-    def score(self, queries: Sequence[str], texts: Sequence[str], *, edits: Edits | None = None) -> np.ndarray:
-        """Returns the similarity of every pair, [pairs]: float32, or float64 for a float64 model."""
-        if not len(queries) and not len(texts):
-            return np.zeros(0, dtype=np.float32)
-        values = checked_rows(queries, texts)
-        with self.computing():
-            return self.finite(as_numpy(self.read([self.vectors(field, values[field], edits) for field in values])))
-
     def encode(self, field: str, texts: Sequence[str]) -> np.ndarray:
         """Returns the pooled vectors [texts, d] of a field, 'query' or 'text', before any normalisation."""
         with self.computing():
             return as_numpy(self.vectors(field, checked_texts('texts', texts)))
-
-    def vectors(self, field: str, texts: Sequence[str], edits: Edits | None = None) -> torch.Tensor:
-        """As `encode`, on the device; equal texts are encoded once."""
-        rows, distinct = pd.factorize(np.asarray(texts, dtype=object))
-        inputs = Inputs.of_field(self, field, list(distinct))
-
-        def step(batch: np.ndarray) -> torch.Tensor:
-            return self.represent(inputs, 0, batch, edits=edits)
-
-        shown: dict[str, Any] = {'verbose': self.verbose, 'desc': f'{type(self).__name__} {field}', 'unit': 'text'}
-        done = list(in_batches(inputs.lengths, self.budget, step, **shown))
-        order = np.concatenate([batch for batch, _ in done])
-        return torch.cat([values for _, values in done])[torch.from_numpy(np.argsort(order)[rows])]
 
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the similarity [...] of query and text vectors [..., d]."""

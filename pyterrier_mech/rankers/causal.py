@@ -13,8 +13,10 @@ from pyterrier_mech.anatomy.families import known_types
 from pyterrier_mech.anatomy.model import ModelMap
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
 from pyterrier_mech.inputs.prompts import Prompt, PromptMaker
+from pyterrier_mech.rankers import loading
+from pyterrier_mech.rankers.causal_folders import stated_causal
 from pyterrier_mech.rankers.checks import check_unhooked
-from pyterrier_mech.rankers.folders import Stated, stated_causal
+from pyterrier_mech.rankers.folders import Stated
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.rankers.templates import KNOWN, known_for
 
@@ -57,7 +59,6 @@ class CausalReranker(Ranker):
 
     towers = (('query', 'text'),)
     classifier = False
-    causal = True
 
     _: KW_ONLY
     template: str | Sequence[str] | None = None
@@ -147,6 +148,9 @@ class CausalReranker(Ranker):
 
     def _maker(self, tokenizer: Any, longest: int) -> PromptMaker:
         return PromptMaker(tokenizer, longest, Prompt.of(self.stated_.template))
+
+    def _module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        return loading.load_module(self._name, causal=True, dtype=dtype, device=device)
 
     def _load(self) -> ModelMap:
         loaded = super()._load()

@@ -74,7 +74,7 @@ class CrossEncoder(Ranker):
         """Returns what the tokenizer is given for a text of a field."""
         return text if self.prompted else super().prepared(field, text)
 
-    def counted(self, ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def scored(self, fields: Sequence[str], ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         """Returns 1 where a token may be read out: of a decoder, as Hugging Face does, by its id."""
         pad = self.map.module.config.pad_token_id
         return shown if pad is None or not self.map.family.causal else shown * (ids != pad)
@@ -129,9 +129,9 @@ class CrossEncoder(Ranker):
         if self.label is None and n_labels > 1:
             raise ValueError(f'{self!r} has {n_labels} labels: say which logit is the relevance, e.g. label=1')
         several = isinstance(self.label, (tuple, list))
-        labels: list[Any] = list(self.label) if several else [self.label or 0]  # type: ignore[arg-type]
+        labels: list[Any] = list(self.label) if several else [0 if self.label is None else self.label]  # type: ignore[arg-type]
         for label in labels:
-            if not isinstance(label, int) or not 0 <= label < n_labels:
+            if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < n_labels:
                 raise ValueError(f'label must be a number from 0 to {n_labels - 1} for {self!r}; got {label!r}')
         if several and (len(labels) != 2 or labels[0] == labels[1]):
             raise ValueError(f'label must be one number, or two different ones (a, b) for a − b; got {self.label!r}')

@@ -13,18 +13,22 @@ import torch
 import torch.nn.functional as F
 
 from pyterrier_mech.anatomy.readouts import READOUTS
-from pyterrier_mech.rankers import loading
 from pyterrier_mech.rankers.loading import load_json
 
 SIMILARITIES = ('cosine', 'dot')
 
-_MODULES, _SETTINGS = 'modules.json', 'config_sentence_transformers.json'
+MODULES, SETTINGS = 'modules.json', 'config_sentence_transformers.json'
 # The first is the one in use today; sentence-transformers falls back on the others, each written for one family.
-_TRANSFORMER = (
+TRANSFORMER = (
     'sentence_bert_config.json',
     *(f'sentence_{family}_config.json' for family in ('roberta', 'distilbert', 'camembert', 'xlm-roberta')),
 )
-_TASKS = {'feature-extraction': 'last_hidden_state', 'sequence-classification': 'logits', 'text-generation': 'logits'}
+_TASKS = {
+    'feature-extraction': 'last_hidden_state',
+    'sequence-classification': 'logits',
+    'text-generation': 'logits',
+    'fill-mask': 'logits',
+}
 _FORMATS = ('flat', 'structured')
 # Read here, or given by the task.
 _KNOWN = ('max_seq_length', 'do_lower_case', 'transformer_task', 'modality_config', 'module_output_name')
@@ -35,9 +39,15 @@ _GROUPS = tuple(
 _LENGTH = 'model_max_length'
 # Without a part in the scores.
 _NEUTRAL = ('unpad_inputs', 'attn_implementation', 'dtype', 'torch_dtype', 'add_pooling_layer', 'trust_remote_code')
-_LOGITS = 'LogitScore'
-_PACKAGE = 'sentence_transformers.'
-_RANKERS = {'SentenceTransformer': 'BiEncoder', 'CrossEncoder': 'CrossEncoder or CausalReranker'}
+LOGITS = 'LogitScore'
+PACKAGE = 'sentence_transformers.'
+_RANKERS = {
+    'SentenceTransformer': 'BiEncoder',
+    'CrossEncoder': 'CrossEncoder or CausalReranker',
+    'SparseEncoder': 'Splade',
+    'MultiVectorEncoder': 'ColBERT',
+    'ColBERT': 'ColBERT',
+}
 _OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean', 'pooling_mode_lasttoken': 'last'}
 
 
@@ -89,12 +99,7 @@ class Stated:
             )
         if chosen.similarity not in SIMILARITIES:
             raise ValueError(f'similarity must be one of {SIMILARITIES}; got {chosen.similarity!r}')
-        if self.unused_prompt and settings.get('text_prompt') is None:
-            raise ValueError(
-                f'the model has a prompt {self.unused_prompt!r} for passages but none for documents, so that '
-                'sentence-transformers puts none before texts: say which you mean with '
-                f"text_prefix={self.unused_prompt!r} or text_prefix=''"
-            )
+        self.check_prompts(settings)
         # Encoders with prompts for tasks are trained with one for queries too; decoders are not always.
         if chosen.pooling == 'last' and self.unused_query_prompts and settings.get('query_prompt') is None:
             raise ValueError(
@@ -108,6 +113,19 @@ class Stated:
                 "BiEncoder does not do: use a model with pooling='mean', or give query_prefix='' and text_prefix=''"
             )
         return chosen
+
+    def check_prompts(self, settings: Mapping[str, Any]) -> None:
+        """Checks that a prompt that is not used is not meant.
+
+        Raises:
+            ValueError: If a user has not said so.
+        """
+        if self.unused_prompt and settings.get('text_prompt') is None:
+            raise ValueError(
+                f'the model has a prompt {self.unused_prompt!r} for passages but none for documents, so that '
+                'sentence-transformers puts none before texts: say which you mean with '
+                f"text_prefix={self.unused_prompt!r} or text_prefix=''"
+            )
 
     def prompt(self, field: str) -> str:
         """Returns what is put before a field, 'query' or 'text'."""
@@ -137,19 +155,19 @@ class Stated:
         """
         kinds = ['Transformer'] if width is None else ['Transformer', 'Pooling'] + ['Normalize'] * self.normalize
         modules = [
-            {'idx': i, 'name': str(i), 'path': f'{i}_{kind}' if i else '', 'type': f'{_PACKAGE}models.{kind}'}
+            {'idx': i, 'name': str(i), 'path': f'{i}_{kind}' if i else '', 'type': f'{PACKAGE}models.{kind}'}
             for i, kind in enumerate(kinds)
         ]
         transformer: dict[str, Any] = {'max_seq_length': max_length, 'do_lower_case': self.lower_case}
-        files: dict[str, Any] = {_MODULES: modules, _TRANSFORMER[0]: transformer}
+        files: dict[str, Any] = {MODULES: modules, TRANSFORMER[0]: transformer}
         if width is None:
             transformer['transformer_task'] = 'sequence-classification'
             prompts = {'query': self.query_prompt}
-            files[_SETTINGS] = {'model_type': 'CrossEncoder', 'prompts': prompts, 'default_prompt_name': 'query'}
+            files[SETTINGS] = {'model_type': 'CrossEncoder', 'prompts': prompts, 'default_prompt_name': 'query'}
             return files
         prompts = {'query': self.query_prompt, 'document': self.text_prompt}
         scoring = {'similarity_fn_name': self.similarity, 'truncate_dim': self.truncate_dim}
-        files[_SETTINGS] = {'prompts': prompts, 'default_prompt_name': None, **scoring}
+        files[SETTINGS] = {'prompts': prompts, 'default_prompt_name': None, **scoring}
         files['1_Pooling/config.json'] = {
             'word_embedding_dimension': width,
             **{key: self.pooling == pooling for key, pooling in _OLD_POOLINGS.items()},
@@ -164,19 +182,19 @@ def stated_bi_encoder(name: str) -> Stated:
     Raises:
         ValueError: If it states something that BiEncoder does not do.
     """
-    modules = _read(name, _MODULES, list)
+    modules = read(name, MODULES, list)
     if modules is None:
-        return _transformer(name, 'feature-extraction')
-    settings, kinds = _settings(name, 'SentenceTransformer'), _kinds(name, modules)
+        return transformer_of(name, 'feature-extraction')
+    settings, kinds = settings_of(name, 'SentenceTransformer'), kinds_of(name, modules)
     if kinds[:2] != ['Transformer', 'Pooling'] or set(kinds[2:]) - {'Normalize'}:
         raise ValueError(
             f'{name!r} is made of {", ".join(kinds)}; BiEncoder must have Transformer, Pooling and Normalize alone, or '
             'its scores would be wrong. Use such a model'
         )
-    prompts = _prompts(name, settings, ('query', 'document'))
-    pooling = _read(name, f'{modules[1]["path"]}/config.json', dict) or {}
+    prompts = prompts_of(name, settings, ('query', 'document'))
+    pooling = read(name, f'{modules[1]["path"]}/config.json', dict) or {}
     return replace(
-        _transformer(name, 'feature-extraction'),
+        transformer_of(name, 'feature-extraction'),
         query_prompt=prompts['query'],
         text_prompt=prompts['document'],
         unused_query_prompts=() if prompts['query'] else _other_prompts(prompts, settings),
@@ -184,7 +202,7 @@ def stated_bi_encoder(name: str) -> Stated:
         pooling=_pooling(pooling),
         include_prompt=pooling.get('include_prompt', True),
         normalize='Normalize' in kinds,
-        truncate_dim=_positive(name, settings, 'truncate_dim'),
+        truncate_dim=positive(name, settings, 'truncate_dim'),
         similarity=settings.get('similarity_fn_name') or 'cosine',
     )
 
@@ -195,59 +213,15 @@ def stated_cross_encoder(name: str) -> Stated:
     Raises:
         ValueError: If it states something that CrossEncoder does not do.
     """
-    modules = _read(name, _MODULES, list)
+    modules = read(name, MODULES, list)
     if modules is None:
-        return _transformer(name, 'sequence-classification')
-    settings, kinds = _settings(name, 'CrossEncoder'), _kinds(name, modules)
+        return transformer_of(name, 'sequence-classification')
+    settings, kinds = settings_of(name, 'CrossEncoder'), kinds_of(name, modules)
     if kinds != ['Transformer']:
-        way = 'Use CausalReranker' if kinds == ['Transformer', _LOGITS] else 'Use such a model'
+        way = 'Use CausalReranker' if kinds == ['Transformer', LOGITS] else 'Use such a model'
         raise ValueError(f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. {way}')
-    prompt = _prompts(name, settings)[settings.get('default_prompt_name') or '']
-    return replace(_transformer(name, 'sequence-classification'), query_prompt=prompt)
-
-
-def stated_causal(name: str) -> Stated:
-    """Returns what a causal re-ranker's folder or repository states.
-
-    Raises:
-        ValueError: If it states something that CausalReranker does not do.
-    """
-    modules = _read(name, _MODULES, list)
-    if modules is None:
-        return _transformer(name, 'text-generation')
-    settings, kinds = _settings(name, 'CrossEncoder'), _kinds(name, modules)
-    if kinds != ['Transformer', _LOGITS]:
-        raise ValueError(
-            f'{name!r} is made of {", ".join(kinds)}; CausalReranker must have Transformer and {_LOGITS}. '
-            + ('Use CrossEncoder' if kinds == ['Transformer'] else 'Use such a model')
-        )
-    score = _read(name, f'{modules[1]["path"]}/config.json', dict) or {}
-    ids = tuple(score[key] for key in ('true_token_id', 'false_token_id') if score.get(key) is not None)
-    if not ids or score.get('module_input_name', 'causal_logits') != 'causal_logits':
-        raise ValueError(f'{_LOGITS} of {name!r} must name the token whose logit is read; got {score!r}')
-    system = _prompts(name, settings)[settings.get('default_prompt_name') or '']
-    return replace(_transformer(name, 'text-generation'), words=ids, template=_chat(name, system))
-
-
-def _chat(name: str, system: str) -> tuple[str, ...]:
-    """Returns the chat template around a query and a document; () where the tokenizer has none."""
-    tokenizer = loading.load_tokenizer(name)
-    if not tokenizer.chat_template:
-        return ()
-    config: dict[str, Any] = _read(name, _TRANSFORMER[0], dict) or {}
-    flat = config.get('modality_config', {}).get('message', {}).get('format', 'flat') == 'flat'
-    # With spaces around, since a template may strip what it is given.
-    places = {'query': ' \ue000 ', 'document': ' \ue001 '}
-    said = {'system': system, **places} if system else places
-    messages = [
-        {'role': role, 'content': text if flat else [{'type': 'text', 'text': text}]} for role, text in said.items()
-    ]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if any(whole.count(place) != 1 for place in places.values()):
-        raise ValueError(
-            f'the chat template of {name!r} does not give query and document once each and as they are: give template='
-        )
-    return (whole.replace(places['query'], '{query}').replace(places['document'], '{text}'),)
+    prompt = prompts_of(name, settings)[settings.get('default_prompt_name') or '']
+    return replace(transformer_of(name, 'sequence-classification'), query_prompt=prompt)
 
 
 def _other_prompts(prompts: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -257,51 +231,69 @@ def _other_prompts(prompts: Mapping[str, str], settings: Mapping[str, Any]) -> t
     return () if settings.get('default_prompt_name') else named
 
 
-def _transformer(name: str, task: str) -> Stated:
-    config: dict[str, Any] = next(filter(None, (_read(name, file, dict) for file in _TRANSFORMER)), {})
+def transformer_of(name: str, task: str, known: tuple[str, ...] = ()) -> Stated:
+    """Returns what the file of the first module states, beside settings that the caller knows and reads itself.
+
+    Raises:
+        ValueError: If it states something that is not done here.
+    """
+    config: dict[str, Any] = next(filter(None, (read(name, file, dict) for file in TRANSFORMER)), {})
     text = {'method': 'forward', 'method_output_name': _TASKS[task]}
     expected: list[dict[str, Any]] = [{'text': text}]
     if task == 'text-generation':
         expected += [{'text': text, 'message': {**text, 'format': kind}} for kind in _FORMATS]
     if config.get('transformer_task', task) != task or config.get('modality_config', expected[0]) not in expected:
         raise ValueError(
-            f'{_TRANSFORMER[0]} of {name!r} must state the task {task!r} with text alone; got '
+            f'{TRANSFORMER[0]} of {name!r} must state the task {task!r} with text alone; got '
             f'{config.get("transformer_task")!r}, {config.get("modality_config")!r}'
         )
     arguments = {key: value for group in _GROUPS for key, value in (config.get(group) or {}).items()}
-    unread = {key: value for key, value in config.items() if value and key not in (*_KNOWN, *_NEUTRAL, *_GROUPS)}
+    unread = {
+        key: value for key, value in config.items() if value and key not in (*_KNOWN, *known, *_NEUTRAL, *_GROUPS)
+    }
     unread |= {key: value for key, value in arguments.items() if key not in (_LENGTH, *_NEUTRAL)}
     if unread:
         raise ValueError(
-            f'{_TRANSFORMER[0]} of {name!r} states {unread}, which is not applied here, so that scores would be wrong: '
+            f'{TRANSFORMER[0]} of {name!r} states {unread}, which is not applied here, so that scores would be wrong: '
             'use a model without, or load module and tokenizer yourself and give model= and tokenizer='
         )
-    longest = _positive(name, arguments, _LENGTH) or _positive(name, config, 'max_seq_length')
+    longest = positive(name, arguments, _LENGTH) or positive(name, config, 'max_seq_length')
     return Stated(lower_case=bool(config.get('do_lower_case')), max_length=longest)
 
 
-def _kinds(name: str, modules: list[Any]) -> list[str]:
+def kinds_of(name: str, modules: list[Any], packages: tuple[str, ...] = (PACKAGE,)) -> list[str]:
+    """Returns the class names of the modules that a model is made of.
+
+    Raises:
+        ValueError: If one has code of its own, or the weights do not lie in the root.
+    """
     for module in modules:
-        if not str(module['type']).startswith(_PACKAGE):
+        if not str(module['type']).startswith(packages):
             raise ValueError(f'{name!r} has a module of its own code, {module["type"]!r}, which is not run here')
     if modules and modules[0]['path']:
         raise ValueError(f'the weights of {name!r} must lie in its root; got the folder {modules[0]["path"]!r}')
     return [module['type'].rsplit('.', 1)[-1] for module in modules]
 
 
-def _settings(name: str, expected: str) -> Mapping[str, Any]:
-    settings = _read(name, _SETTINGS, dict) or {}
+def settings_of(name: str, *expected: str) -> Mapping[str, Any]:
+    """Returns the settings of a model that was saved as one of the expected classes.
+
+    Raises:
+        ValueError: If it was saved as another.
+    """
+    settings = read(name, SETTINGS, dict) or {}
     kind = settings.get('model_type', 'SentenceTransformer')
-    if kind != expected:
+    if kind not in expected:
         raise ValueError(
-            f'{name!r} was saved as a {kind}, not as a {expected}: '
+            f'{name!r} was saved as a {kind}, not as a {" or ".join(expected)}: '
             + (f'use {_RANKERS[kind]}' if kind in _RANKERS else 'its scores are made in another way')
             + '. To use its weights all the same, load module and tokenizer yourself and give model= and tokenizer='
         )
     return settings
 
 
-def _prompts(name: str, settings: Mapping[str, Any], roles: tuple[str, ...] = ('',)) -> dict[str, str]:
+def prompts_of(name: str, settings: Mapping[str, Any], roles: tuple[str, ...] = ('',)) -> dict[str, str]:
+    """Returns the prompts by name, '' for roles without one."""
     saved = settings.get('prompts') or {}
     prompts = dict.fromkeys(roles, '') | {role: prompt or '' for role, prompt in saved.items()}
     default = settings.get('default_prompt_name')
@@ -320,14 +312,16 @@ def _pooling(config: Mapping[str, Any]) -> str:
     return modes if isinstance(modes, str) else '+'.join(modes)
 
 
-def _positive(name: str, settings: Mapping[str, Any], key: str) -> int | None:
+def positive(name: str, settings: Mapping[str, Any], key: str) -> int | None:
+    """Returns a setting that must be a whole number from 1, where it is given."""
     value = settings.get(key)
     if value is not None and (type(value) is not int or value < 1):
         raise ValueError(f'{key} of {name!r} must be a whole number from 1; got {value!r}')
     return value
 
 
-def _read(name: str, file: str, kind: type) -> Any:
+def read(name: str, file: str, kind: type) -> Any:
+    """Returns a JSON file of a model that must hold a list or a dict, or None."""
     values = load_json(name, file)
     if values is not None and not isinstance(values, kind):
         raise ValueError(f'{file} of {name!r} must hold a {kind.__name__}; got a {type(values).__name__}')

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -39,7 +40,7 @@ _OTHER_RANKER = {
 }
 ADAPTER = 'adapter_config.json'
 PRUNED = 'pruned.json'
-WEIGHTS = 'model.safetensors'
+WEIGHTS, _OLD_WEIGHTS = 'model.safetensors', 'pytorch_model.bin'
 Counts = tuple[list[int], list[int]]
 
 _BUFFERS: dict[str, Callable[[torch.Size], torch.Tensor]] = {
@@ -121,9 +122,15 @@ def load_config(name: str) -> Any:
 
 
 def load_module(
-    name: str, *, classifier: bool = False, causal: bool = False, dtype: torch.dtype, device: torch.device
+    name: str,
+    *,
+    classifier: bool = False,
+    causal: bool = False,
+    masked: bool = False,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
-    """Loads a model, with its classification head or its head of a language model if asked for, in evaluation mode.
+    """Loads a model in evaluation mode, with its head for classes, next words or masked tokens where asked for.
 
     A folder or repository with a file `PRUNED` is loaded at its own smaller sizes.
 
@@ -134,7 +141,8 @@ def load_module(
     """
     config = load_config(name)
     check_own_code(name, config)
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM if causal else AutoModel
+    heads = [AutoModelForSequenceClassification] * classifier + [AutoModelForCausalLM] * causal
+    auto: Any = [*heads, *[AutoModelForMaskedLM] * masked, AutoModel][0]
     made = [kind for kind in config.architectures or [] if kind.endswith('ForSequenceClassification')]
     if causal and made:
         raise ValueError(f'{name!r} is a {made[0]}, which has a score for a class and none for words: use CrossEncoder')
@@ -143,10 +151,11 @@ def load_module(
     loaded: Any = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
     module, info = loaded
     # A pooler that the checkpoint lacks is read by no bi-encoder.
-    if missing := [key for key in info['missing_keys'] if classifier or causal or 'pooler' not in key]:
+    if missing := [key for key in info['missing_keys'] if auto is not AutoModel or 'pooler' not in key]:
         raise ValueError(
             f'the checkpoint {name!r} has no weights for {", ".join(sorted(missing))}, so they would be random. '
             + (_OTHER_RANKER[family_of(config.model_type).causal] if classifier else '')
+            + ('It is no masked language model: use BiEncoder, or a fine-tuned checkpoint.' if masked else '')
         )
     if unused := sorted(key for key in info['unexpected_keys'] if _has_place(key, module)):
         raise ValueError(
@@ -318,6 +327,28 @@ def in_lower_case(tokenizer: Any) -> Any:
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
     return tokenizer
+
+
+def load_tensors(name: str, folder: str = '', only: str = '') -> dict[str, torch.Tensor]:
+    """Returns the weights that lie in a folder of a model, or in the model's own; those whose name begins with `only`.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    prefix = f'{folder}/' if folder else ''
+    if (index := load_json(name, f'{prefix}{WEIGHTS}.index.json')) is not None:
+        parts = sorted({part for key, part in index['weight_map'].items() if key.startswith(only)})
+    else:
+        parts = [WEIGHTS, _OLD_WEIGHTS]
+    state: dict[str, torch.Tensor] = {}
+    for part in parts:
+        path = cached_file(name, prefix + part, _raise_exceptions_for_missing_entries=False)
+        if path is None or (part == _OLD_WEIGHTS and state):
+            continue
+        state |= torch.load(path, weights_only=True, map_location='cpu') if part == _OLD_WEIGHTS else load_file(path)
+    if not state:
+        raise FileNotFoundError(f'the model {name!r} has no weights in {prefix + WEIGHTS}: save it again')
+    return {key: tensor for key, tensor in state.items() if key.startswith(only)}
 
 
 def load_json(name: str, file: str) -> Any:

@@ -40,12 +40,14 @@ class Ranker(Stage):
     Attributes:
         towers: The fields that are encoded together, tower by tower.
         classifier: Whether the module has a classification head.
-        causal: Whether it has a head that gives logits of words.
+        one_vector: Whether a sequence is read out as one vector; else as one a token.
+        stating: What holds what a folder states.
     """
 
     towers: ClassVar[tuple[tuple[str, ...], ...]]
     classifier: ClassVar[bool]
-    causal: ClassVar[bool] = False
+    one_vector: ClassVar[bool] = True
+    stating: ClassVar[type[Stated]] = Stated
 
     model: Any
     _: KW_ONLY
@@ -184,7 +186,7 @@ class Ranker(Stage):
 
     @abstractmethod
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns scores [...] from the vectors [..., d] of every tower; shapes are broadcast."""
+        """Returns scores [...] from what was read out of every tower, [..., d] or more; shapes are broadcast."""
 
     @property
     def prompted(self) -> bool:
@@ -193,7 +195,7 @@ class Ranker(Stage):
 
     def parts(self, values: Fields, fields: Sequence[str]) -> list[tuple[str, Ragged]]:
         """Returns field ('query', 'text', or '' for a part of a prompt) and ids of what a tower reads, part by part."""
-        return self.maker.parts(self._prepared(values, fields))
+        return self.maker_of(fields).parts(self._prepared(values, fields))
 
     def words_of(self, values: Fields) -> dict[str, list[Words]]:
         """Returns the words of all texts as this ranker reads them, token by token."""
@@ -207,15 +209,22 @@ class Ranker(Stage):
     def _prepared(self, values: Fields, fields: Sequence[str]) -> Fields:
         return {field: [self.prepared(field, text) for text in values[field]] for field in fields}
 
-    def counted(self, ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """Returns 1 where a token may be read out [rows, tokens], from token ids and attention mask."""
-        return shown
+    def maker_of(self, fields: Sequence[str]) -> InputMaker:
+        """Returns what makes the sequences of the tower that reads some fields."""
+        return self.maker
 
-    def unscored(self, fields: Sequence[str]) -> int:
-        """Returns how many positions at the beginning of a tower's sequences are read but not read out."""
+    def scored(self, fields: Sequence[str], ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Returns 1 where a token counts when a tower's sequences are read out [rows, tokens].
+
+        Args:
+            fields: What the tower reads, part by part.
+            ids: Token ids [rows, tokens].
+            shown: 1 where there is a token [rows, tokens].
+        """
         if len(self.towers) == 1:
-            return 0
-        return self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
+            return shown
+        unscored = self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
+        return shown * (shown.cumsum(1) > unscored)
 
     # -- runs
 
@@ -236,7 +245,7 @@ class Ranker(Stage):
     def represent(
         self, inputs: Inputs, tower: int, rows: np.ndarray, side: str = ORIGINAL, edits: Edits | None = None
     ) -> torch.Tensor:
-        """Returns the vectors [rows, d] of one tower."""
+        """Returns what is read out of one tower, [rows, d] or more."""
         return self.map.represent(inputs.batch(tower, rows, side), self.readout, edits=edits)[0]
 
     @contextmanager
@@ -294,7 +303,7 @@ class Ranker(Stage):
     def _stated(self) -> Stated:
         if self._carried is not None:
             return self._carried
-        return self._read_stated(self._name) if self._by_name else Stated()
+        return self._read_stated(self._name) if self._by_name else self.stating()
 
     @staticmethod
     @abstractmethod
@@ -314,8 +323,7 @@ class Ranker(Stage):
             dtype, device = loading.dtype_of(self.dtype), loading.device_of(self.device)
             # Weights that are made in inference mode have no gradients for ever after.
             with torch.inference_mode(False):
-                kind = {'causal': True} if self.causal else {'classifier': self.classifier}
-                return ModelMap(loading.load_module(self._name, dtype=dtype, device=device, **kind))
+                return ModelMap(self._module(dtype, device))
         loading.check_module(self.model)
         # TF32 is a way to compute, not a type that the module would have to be converted to.
         if self.device is not None or self.dtype not in (None, 'tf32'):
@@ -324,6 +332,10 @@ class Ranker(Stage):
                 'a loaded module is used as it is: move or convert it before'
             )
         return ModelMap(self.model)
+
+    def _module(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """Returns the module of a model that is given by name."""
+        return loading.load_module(self._name, classifier=self.classifier, dtype=dtype, device=device)
 
     def _make_inputs(self) -> InputMaker:
         config = self.map.module.config  # a folder that is not there is noticed here
@@ -341,8 +353,7 @@ class Ranker(Stage):
         return InputMaker(tokenizer, longest, loading.uses_segments(tokenizer, self.map.module.config))
 
     def _longest(self, config: Any, tokenizer: Any) -> int:
-        positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length
-        positions -= first_position(config)
+        positions = self._positions_of(config, tokenizer)
         if self.max_length is None:
             return int(min(positions, self.stated_.max_length or tokenizer.model_max_length))
         if not 1 <= self.max_length <= positions:
@@ -350,6 +361,12 @@ class Ranker(Stage):
                 f'max_length must be between 1 and the {positions} positions of the model; got {self.max_length}'
             )
         return self.max_length
+
+    @staticmethod
+    def _positions_of(config: Any, tokenizer: Any) -> int:
+        """Returns how many tokens a sequence can have."""
+        positions = getattr(config, 'max_position_embeddings', None) or tokenizer.model_max_length
+        return int(positions - first_position(config))
 
 
 def as_numpy(values: torch.Tensor) -> np.ndarray:

@@ -35,6 +35,11 @@ def save_ranker(model: Ranker, folder: str | Path) -> Path:
     """
     if not isinstance(model, Ranker):
         raise TypeError(f'model must be a CrossEncoder or BiEncoder; got {model!r}')
+    if not model.one_vector:
+        raise ValueError(
+            f'a {type(model).__name__} is not saved to a folder: save its module and tokenizer by save_pretrained, and '
+            'give them as model= and tokenizer='
+        )
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f'{str(folder)!r} is not empty: give a new folder, or remove it')

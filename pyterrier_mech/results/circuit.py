@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_mech.columns import path_of
 from pyterrier_mech.provenance import as_qids
-from pyterrier_mech.saving import SavedResult
+from pyterrier_mech.saving import SavedResult, plain, write_atomic
 from pyterrier_mech.units import HEADS, KINDS, NEURONS, Units, parse
 
 UNKNOWN = 'unknown'
 
 _HEADS = ('layer', 'head', 'name', 'effect', 'effect_low', 'effect_high', 'role')
 _NEURONS = ('layer', 'neuron', 'name', 'effect', 'role')
+_EDGES = ('sender', 'receiver', 'name', 'effect', 'effect_low', 'effect_high')
 
 
 class Circuit(SavedResult):
     """Heads and neurons with effects and roles, strongest first. Made by `discover_circuit` or `from_units`.
 
-    Every intervention takes it as it is: ``AblatedReranker(model, circuit)``.
+    Every intervention takes it as it is: ``AblatedReranker(model, circuit)``. Edges say how its heads are connected;
+    no intervention reads them.
 
     Attributes:
         settings: How it was found.
@@ -30,7 +35,7 @@ class Circuit(SavedResult):
     """
 
     ARTIFACT_TYPE = 'circuit'
-    TABLES = {'heads': _HEADS, 'neurons': _NEURONS}
+    TABLES = {'heads': _HEADS, 'neurons': _NEURONS, 'edges': _EDGES}
     MADE_BY = 'discover_circuit(effects)'
 
     settings: dict[str, Any]
@@ -42,6 +47,7 @@ class Circuit(SavedResult):
         heads: pd.DataFrame,
         neurons: pd.DataFrame | None = None,
         *,
+        edges: pd.DataFrame | None = None,
         settings: Mapping[str, Any] | None = None,
         qids: Sequence[str] = (),
     ) -> Circuit:
@@ -50,15 +56,18 @@ class Circuit(SavedResult):
         Args:
             heads: `name`, or `layer` and `head`, and where known `effect`, `effect_low`, `effect_high`, `role`.
             neurons: `name`, or `layer` and `neuron`, and where known `effect`, `role`.
+            edges: `name`, such as 'L0H4>score' or 'L1H1>L2H9.k', between heads of the circuit, and where known
+                `effect`, `effect_low`, `effect_high`.
             settings: How it was found, in plain values.
             qids: Queries that it was found on.
 
         Raises:
-            ValueError: If a unit comes twice or a column is missing.
+            ValueError: If a unit or an edge comes twice, a column is missing, or an edge has an end elsewhere.
         """
-        if neurons is None:
-            neurons = pd.DataFrame({'name': []})
-        tables = {'heads': _table(heads, HEADS, _HEADS), 'neurons': _table(neurons, NEURONS, _NEURONS)}
+        none = pd.DataFrame({'name': []})
+        tables = {'heads': _table(heads, HEADS, _HEADS)}
+        tables['neurons'] = _table(none if neurons is None else neurons, NEURONS, _NEURONS)
+        tables['edges'] = _edge_table(none if edges is None else edges, set(tables['heads']['name']))
         summary = {'settings': dict(settings or {}), 'qids': sorted(as_qids(qids))}
         return cls(pt.Artifact.NO_PATH, tables=tables, summary=summary)
 
@@ -94,6 +103,15 @@ class Circuit(SavedResult):
         """One row a neuron, strongest first: `layer`, `neuron`, `name`, `effect` (mean attribution), `role`."""
         return self._tables['neurons'].copy()
 
+    @property
+    def edges(self) -> pd.DataFrame:
+        """One row a path between its heads, or from one of them to the score, strongest first.
+
+        Columns: `sender`, `receiver` ('score', or a head and its input: 'L2H9.k'), `name`, `effect` (share of the score
+        change that the path carries), `effect_low`, `effect_high`.
+        """
+        return self._tables['edges'].copy()
+
     def top(self, size: int) -> Circuit:
         """Returns the part with the `size` first heads and the same share of the neurons, the first ones.
 
@@ -107,9 +125,43 @@ class Circuit(SavedResult):
         if not 0 <= size <= whole:
             raise ValueError(f'size must be between 0 and {whole}, the size of this circuit; got size={size!r}')
         n_neurons = round(len(neurons) * size / whole) if whole else 0
+        heads, edges = heads.head(size if len(heads) else 0), self._tables['edges']
+        within = edges['name'].map(lambda name: path_of(name).heads <= set(heads['name'])).astype(bool)
         return Circuit.of_tables(
-            heads.head(size if len(heads) else 0), neurons.head(n_neurons), settings=self.settings, qids=self.qids
+            heads, neurons.head(n_neurons), edges=edges[within], settings=self.settings, qids=self.qids
         )
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Returns the circuit as JSON, for other programs and for people; `from_json` reads it back.
+
+        Args:
+            path: A file to write it to as well.
+        """
+        tables = {name: table.to_dict('records') for name, table in self._tables.items()}
+        content = json.dumps(plain({**tables, 'settings': self.settings, 'qids': self.qids}), indent=2) + '\n'
+        if path is not None:
+            write_atomic(Path(path), content)
+        return content
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Circuit:
+        """Makes a circuit from what `to_json` returned, or from the file that it wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is something else.
+        """
+        text = str(source)
+        content = text if text.lstrip().startswith('{') else Path(source).read_text(encoding='utf-8')
+        try:
+            values = json.loads(content)
+            tables = {name: pd.DataFrame(values[name], columns=list(of)) for name, of in cls.TABLES.items()}
+            settings, qids = values['settings'], values['qids']
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'Give what Circuit.to_json() returned, or its file; got {text[:60]!r} ({error!r}).'
+            ) from error
+        return cls.of_tables(tables['heads'], tables['neurons'], edges=tables['edges'], settings=settings, qids=qids)
 
     def __len__(self) -> int:
         """Number of heads and neurons."""
@@ -122,10 +174,17 @@ class Circuit(SavedResult):
         names = [name if role == UNKNOWN else f'{name} ({role})' for name, role in first]
         more = ', …' if len(heads) > 5 else ''
         shown = f': {", ".join(names)}{more}' if names else ''
+        edges = f'{len(self._tables["edges"])} edges; ' if len(self._tables['edges']) else ''
         return (
-            f'Circuit({len(heads)} heads{shown}; {len(self._tables["neurons"])} neurons; '
+            f'Circuit({len(heads)} heads{shown}; {len(self._tables["neurons"])} neurons; {edges}'
             f'found on {len(self.qids)} queries)'
         )
+
+    def _table_of(self, path: Path, name: str) -> pd.DataFrame:
+        # Circuits that were saved before there were edges have no file of them.
+        if name == 'edges' and not (path / f'{name}.parquet').exists():
+            return _edge_table(pd.DataFrame({'name': []}), set())
+        return super()._table_of(path, name)
 
 
 def _table(given: pd.DataFrame, kind: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -151,4 +210,20 @@ def _table(given: pd.DataFrame, kind: str, columns: Sequence[str]) -> pd.DataFra
             filled[column] = pd.array(known.fillna(UNKNOWN).astype(str).tolist(), dtype='str')
         else:
             filled[column] = known.to_numpy(dtype=np.float64, na_value=np.nan)
+    return pd.DataFrame(filled)
+
+
+def _edge_table(given: pd.DataFrame, heads: set[str]) -> pd.DataFrame:
+    if 'name' not in given.columns:
+        raise ValueError("The edges have no 'name': give one row an edge, such as 'L0H4>score' or 'L1H1>L2H9.k'.")
+    paths = [path_of(name) for name in given['name']]
+    if outside := next((path for path in paths if not path.heads <= heads), None):
+        raise ValueError(f'{outside.name} has an end that is not among the heads of the circuit.')
+    if given['name'].duplicated().any():
+        raise ValueError(f'{given["name"][given["name"].duplicated()].iloc[0]} comes twice: drop the duplicates.')
+    parts = [[path.sender for path in paths], [path.receiver for path in paths], [path.name for path in paths]]
+    filled = {column: pd.Series(part, dtype='str') for column, part in zip(_EDGES[:3], parts, strict=True)}
+    for column in _EDGES[3:]:
+        known = given[column].to_numpy(dtype=np.float64, na_value=np.nan) if column in given.columns else np.nan
+        filled[column] = pd.Series(known, index=range(len(paths)), dtype=np.float64)
     return pd.DataFrame(filled)

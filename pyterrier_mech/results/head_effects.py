@@ -2,117 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
-import pyterrier as pt
 
-from pyterrier_mech.results._aggregate import COLUMNS, KEYS, aggregate
-from pyterrier_mech.saving import SavedResult
+from pyterrier_mech.columns import Z, places
+from pyterrier_mech.results._aggregate import NUMBERS, Kind, Reading, floats, has_arrays
+from pyterrier_mech.results.effects import Effects
 from pyterrier_mech.units import parse
 
+KEYS = ('layer', 'head', 'name')
 
-class HeadEffects(SavedResult):
+
+class HeadEffects(Effects):
     """Effect of each head over all rows of a patching run, with an interval over queries.
 
-    Made by :meth:`from_frame`, or read from a folder with ``HeadEffects.load(path)``.
+    Made by `from_frame` from the frame of ``PatchHeads``, or of ``AttributeHeads`` with a method that reads two texts:
+    one or more columns ``L{layer}H{head}``, or ``L{layer}H{head}.k`` where only the keys of heads were patched (or 'q',
+    'v', 'pattern'). Layers may have different numbers of heads. Heads that were patched by type of token, or one
+    position at a time, are for `LayerEffects`.
 
-    Attributes:
-        confidence: Coverage of the intervals.
-        n_resamples: Bootstrap resamples behind the intervals.
-        seed: Random seed of the resamples.
-        analysis: Which analysis made the effects: the class of the stage as 'by', and its settings.
-        n_rows: Rows of the frame.
-        n_used: Rows that entered for at least one head.
-        n_queries: Queries of these rows.
-        n_unpatchable: Rows that could not be patched, counted by reason.
-        n_nan: Patchable rows where a score or a head was NaN or infinite; such values do not enter.
-        n_duplicates: Rows that repeat a (qid, docno) pair; they enter.
-        mean_delta: Mean score change ``score_perturbed - score_original`` of the used rows, in logits.
-        low_delta_share: Share of the used rows whose score changes by less than 0.05 logits.
-        wrong_direction_share: Share of the used rows whose score moves against the sum of all score changes; NaN where
-            that sum is 0.
-        qids: Queries of the frame, sorted, as strings: what was chosen by these effects is judged on others.
+    Columns of `to_frame`, one row per head, sorted by layer and head: ``layer``, ``head``, ``name``, ``ratio``,
+    ``ratio_low``, ``ratio_high``, ``mean``, ``mean_low``, ``mean_high``, ``n`` (rows that entered), ``n_queries``
+    (their queries). What entered is counted by the attributes of `Effects`.
     """
 
     ARTIFACT_TYPE = 'head_effects'
-    TABLES = {'heads': COLUMNS}
+    TABLES = {'heads': (*KEYS, *NUMBERS)}
     MADE_BY = 'HeadEffects.from_frame(frame)'
-
-    confidence: float
-    n_resamples: int
-    seed: int
-    analysis: dict[str, Any]
-    n_rows: int
-    n_used: int
-    n_queries: int
-    n_unpatchable: dict[str, int]
-    n_nan: int
-    n_duplicates: int
-    mean_delta: float
-    low_delta_share: float
-    wrong_direction_share: float
-    qids: list[str]
+    KIND = Kind('HeadEffects', ('PatchHeads', 'AttributeHeads'), 'heads', "head columns such as 'L0H0'")
 
     @classmethod
-    def from_frame(
-        cls, frame: pd.DataFrame, *, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0
-    ) -> HeadEffects:
-        """Aggregates the frame of ``PatchHeads``, or of ``AttributeHeads`` with a method that reads two texts.
+    def _reading(cls, frame: pd.DataFrame) -> Reading:
+        found = [(place.unit, place) for place in places(frame) if place.unit is not None]
+        whole = [(unit, place) for unit, place in sorted(found) if not place.type]
+        by_type = len(found) > len(whole)
+        if by_type or any(has_arrays(frame, place.column) for _, place in whole):
+            how = 'by type of token' if by_type else 'one position at a time'
+            raise ValueError(f'The heads of this frame were patched {how}: use LayerEffects.from_frame(frame).')
+        if len(sites := sorted({place.site for _, place in whole})) > 1:
+            raise ValueError(
+                f'The frame has heads that were patched at {sites}: keep the columns of one of these sites.'
+            )
+        columns = [place.column for _, place in whole]
+        keys = pd.DataFrame([(unit.site.layer, unit.index, unit.name) for unit, _ in whole], columns=list(KEYS))
+        notes = {'site': sites[0]} if sites not in ([], [Z]) else {}
+        return Reading(keys, columns, lambda rows: floats(rows, columns), notes=notes)
 
-        With d the value of a head column and delta = score_perturbed - score_original, a head's ``ratio`` is the sum of
-        d over all rows divided by the sum of delta over the same rows: the share of the score change that the head
-        carries. Ratios of single rows are never averaged, since they are undefined at delta = 0 and wild near it.
-        ``mean`` is the mean of d, in logits. Intervals are percentile bootstrap intervals over queries.
-
-        How the effects were made is read from the column ``analysis``, which the stage has written. Where a head of
-        the original was put into the perturbed text, delta counts in that direction, so that a head that carries the
-        change has a positive ratio either way.
-
-        **Input columns:** ``qid``, ``docno``, ``score_original``, ``score_perturbed``, ``analysis``, one or more
-        ``L{layer}H{head}``; ``patchable`` where there is one: rows with anything but ``'yes'`` are counted by reason
-        and left out.
-
-        Args:
-            frame: One row per pair. Layers may have different numbers of heads, and heads may be missing.
-            confidence: Coverage of the intervals, between 0 and 1.
-            n_resamples: Bootstrap resamples.
-            seed: Random seed of the resamples. The order of the rows does not matter.
-
-        Returns:
-            The effects, in memory. A warning tells of duplicate pairs, of NaN in patchable rows, of ratios that are NaN
-            because the score changes sum to 0 (also in resamples: then the interval is NaN), and of a single query
-            (then all intervals are NaN).
-
-        Raises:
-            ValueError: If columns are missing, no row can be aggregated, or there is no ratio: the frame does not say
-                how its effects were made, holds those of several analyses or directions, of ``AblateHeads``,
-                normalised ones, or parts of a single score.
-        """
-        table, summary = aggregate(frame, confidence=float(confidence), n_resamples=int(n_resamples), seed=int(seed))
-        return cls(pt.Artifact.NO_PATH, tables={'heads': table}, summary=summary)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Returns one row per head, sorted by layer and head.
-
-        **Output columns:** ``layer``, ``head``, ``name``, ``ratio``, ``ratio_low``, ``ratio_high``, ``mean``,
-        ``mean_low``, ``mean_high``, ``n`` (rows that entered), ``n_queries`` (their queries).
-        """
-        return self._tables['heads'].copy()
-
-    def strongest(self, k: int = 10) -> pd.DataFrame:
-        """Returns the rows of :meth:`to_frame` with the ``k`` largest absolute ratios.
-
-        Heads whose ratio is NaN come after those with one, by absolute mean. Heads without any row are left out.
-        """
-        table = self._tables['heads'].dropna(subset='mean')
-        size = table[['ratio', 'mean']].abs()
-        order = size.sort_values(['ratio', 'mean'], ascending=False, na_position='last').index
-        return table.loc[order].head(k).reset_index(drop=True)
+    @property
+    def site(self) -> str:
+        """What of the heads was patched: 'z', their whole outputs, or 'q', 'k', 'v', 'pattern'."""
+        return self._summary.get('site', Z)
 
     def matrix(self, column: str = 'ratio', stack: str = '') -> np.ndarray:
-        """Returns a column of :meth:`to_frame` as an array ``[layers, max heads]``, NaN where there is no head.
+        """Returns a column of `to_frame` as an array ``[layers, max heads]``, NaN where there is no head.
 
         Args:
             column: A column of numbers.
@@ -121,24 +63,28 @@ class HeadEffects(SavedResult):
         Raises:
             ValueError: If the column holds no numbers of heads, or there is no such stack.
         """
-        columns = [name for name in COLUMNS if name not in KEYS]
-        if column not in columns:
-            raise ValueError(f'column must be one of {columns}; got column={column!r}')
-        table = self._tables['heads']
-        stacks = table['name'].map(lambda name: parse(name).site.stack)
-        table = table[stacks == stack]
-        if not len(table):
-            raise ValueError(f'stack must be one of {sorted(set(stacks))}; got stack={stack!r}')
-        matrix = np.full((table['layer'].max() + 1, table['head'].max() + 1), np.nan)
-        matrix[table['layer'], table['head']] = table[column]
-        return matrix
+        return head_grid(self._table, self._table['name'], column, stack)
 
-    def __repr__(self) -> str:
-        """Tells how much data there is and which head matters most."""
-        text = f'{len(self._tables["heads"])} heads, {self.n_used} of {self.n_rows} rows, {self.n_queries} queries'
-        top = self.strongest(1)
-        kind = 'mean' if top['ratio'].isna().all() else 'ratio'
-        for row in top.to_dict('records'):
-            low, high = row[f'{kind}_low'], row[f'{kind}_high']
-            text += f', strongest {row["name"]} {kind} {row[kind]:.3g} [{low:.3g}, {high:.3g}]'
-        return f'HeadEffects({text})'
+
+def head_grid(table: pd.DataFrame, heads: pd.Series, column: str, stack: str) -> np.ndarray:
+    """Returns a column of numbers as an array ``[layers, max heads]``, NaN where there is no head.
+
+    Args:
+        table: One row a head.
+        heads: Their names.
+        column: The column.
+        stack: Which stack of layers.
+
+    Raises:
+        ValueError: If the column holds no numbers, or there is no such stack.
+    """
+    if column not in NUMBERS:
+        raise ValueError(f'column must be one of {list(NUMBERS)}; got column={column!r}')
+    units = [parse(name) for name in heads]
+    inside = [unit.site.stack == stack for unit in units]
+    if not any(inside):
+        raise ValueError(f'stack must be one of {sorted({unit.site.stack for unit in units})}; got stack={stack!r}')
+    numbers = np.asarray([(unit.site.layer, unit.index) for unit, here in zip(units, inside, strict=True) if here])
+    matrix = np.full(numbers.max(axis=0) + 1, np.nan)
+    matrix[tuple(numbers.T)] = table.loc[inside, column]
+    return matrix

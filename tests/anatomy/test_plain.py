@@ -8,7 +8,7 @@ import pytest
 import torch
 from inside import sides, why_not_plain
 from torch import nn
-from toys import DESCRIBED, PAIRS, pairs, toy_module
+from toys import DESCRIBED, PAIRS, TEXTS, pairs, toy_module
 
 from pyterrier_mech import AttentionShares, AttributeHeads, BiEncoder, CrossEncoder, PatchHeads
 from pyterrier_mech.prune import Magnitude
@@ -162,6 +162,16 @@ def test_plain_modules_take_the_fast_path():
     for family in DESCRIBED:
         module, tokenizer = toy_module(family)
         assert why_not_plain(CrossEncoder(module, tokenizer=tokenizer)) == ''
+
+
+@pytest.mark.parametrize('family', DESCRIBED)
+def test_what_transformers_leaves_in_a_module_that_was_asked_for_attentions_changes_nothing(family):
+    module, tokenizer = toy_module(family, fresh=True)
+    model = CrossEncoder(module, tokenizer=tokenizer)
+    module(**tokenizer(TEXTS[0], return_tensors='pt'), output_attentions=True, output_hidden_states=True)
+    assert any(part._forward_hooks for part in module.modules())
+    assert why_not_plain(model) == ''
+    np.testing.assert_allclose(model.score(*PAIRS), plain_scores(module, tokenizer), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from toys import (
     QUERIES,
     TEXTS,
     frame_of,
-    toy_bi_encoder,
     toy_cross_encoder,
     with_heads,
     wordpiece_tokenizer,
@@ -236,6 +235,9 @@ def test_shares_of_rows_are_averaged_and_odds_are_of_sums():
             'qid': 'q',
             **{f'attention.{flow}': np.array([[value]]) for flow, value in shares.items()},
             **{f'expected.{flow}': value for flow, value in expected.items()},
+            **{f'attention.{flow}.same_word': np.array([[0.0]]) for flow in WORD_FLOWS},
+            **{f'expected.{flow}.same_word': 0.0 for flow in WORD_FLOWS},
+            'repeated': 0.0,
         }
 
     table = head_roles(pd.DataFrame([one(0.1, 0.5), one(0.5, 0.1)]))
@@ -255,8 +257,6 @@ def test_texts_without_tokens():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match='reads query and text apart.*such as CrossEncoder'):
-        AttentionShares(toy_bi_encoder('bert'))(rows())
     with pytest.raises(ValueError, match="the attention of 'deberta-v2' is not described.*register_family"):
         AttentionShares(toy_cross_encoder('deberta-v2'))(rows())
 
@@ -268,6 +268,15 @@ def test_errors():
 def test_bad_thresholds(of_built, settings, message):
     with pytest.raises(ValueError, match=message):
         head_roles(of_built, **settings)
+
+
+def test_rows_of_several_rankers_and_of_csv_are_refused():
+    models = [toy_cross_encoder('bert'), with_heads(toy_cross_encoder('bert', fresh=True), 0, [1])]
+    shares = [AttentionShares(model)(frame_of(4)) for model in models]
+    with pytest.raises(ValueError, match='of different heads: keep those of one ranker'):
+        head_roles(pd.concat(shares))
+    with pytest.raises(ValueError, match='arrays do not survive CSV, write_frame'):
+        head_roles(shares[0].map(lambda cell: str(cell) if isinstance(cell, np.ndarray) else cell))
 
 
 def test_roles_need_the_shares(of_built):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from inside import sides
+from inside_patching import whole_streams
 from oracles import block_places as places
 from toys import FAMILIES, pairs, toy_bi_encoder, toy_cross_encoder, unpatchable_pairs
 
@@ -179,3 +180,12 @@ def test_effects_relative_to_the_change_and_batches():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         PatchLayers(toy_cross_encoder(), **settings)(pairs(2))
+
+
+@pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_whole_stream_is_the_whole_change(make, family):
+    model, frame = make(family), pairs(6)
+    scores, good = whole_streams(model, frame)
+    expected = PatchHeads(model, heads=[])(frame)['score_perturbed'].to_numpy()[good]
+    np.testing.assert_allclose(scores, np.tile(expected, (model.n_layers, 1)), atol=1e-10)

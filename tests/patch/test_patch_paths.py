@@ -4,6 +4,7 @@ import numpy as np
 import paths_by_hooks as oracle
 import pytest
 from inside import module_of, sides, tokenizer_of
+from inside_patching import everything_told
 from toys import (
     DESCRIBED,
     pairs,
@@ -14,7 +15,7 @@ from toys import (
     unpatchable_pairs,
 )
 
-from pyterrier_mech import AttributePaths, CrossEncoder, PatchHeads, PatchPaths
+from pyterrier_mech import AttributePaths, CrossEncoder, PatchHeads, PatchPaths, PathEffects
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings('ignore:.*cannot be patched')]
 RECEIVERS = ['score', 'L1H2.q', 'L1H2.k', 'L1H2.v', 'L1H0.v']
@@ -77,6 +78,16 @@ def test_the_last_layer_has_no_other_path(make, family):
     assert (paths['L0H1>score'] - heads['L0H1']).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
+@pytest.mark.parametrize('family', DESCRIBED)
+def test_all_paths_together_are_the_head(make, family):
+    model, frame = make(family), pairs(6)
+    name = f'L{model.n_layers - 2}H1'
+    heads = PatchHeads(model, heads=[name])(frame)
+    scores, good = everything_told(model, frame, name)
+    np.testing.assert_allclose(scores - heads['score_original'].to_numpy()[good], heads[name][good], atol=1e-10)
+
+
 def test_all_paths_are_the_same_numbers():
     model, frame = toy_cross_encoder('bert'), pairs(5)
     every = PatchPaths(model, 'all', batch_tokens=900)(frame)
@@ -110,6 +121,16 @@ def test_estimates_are_first_order(make):
     wanted = oracle.path_effects(model, sides(model, row), (0, 1), [unit('L1H2.k'), unit('L1H0.v')], part=1e-4)
     found = estimate.loc[row.Index, ['L0H1>L1H2.k', 'L0H1>L1H0.v']].to_numpy(dtype=float)
     np.testing.assert_allclose(found, np.array(wanted) / 1e-4, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize('make', [toy_cross_encoder, toy_bi_encoder])
+def test_estimates_of_paths_to_the_score_alone(make):
+    model, frame = make('bert'), pairs(5)
+    exact, estimate = PatchPaths(model)(frame), AttributePaths(model)(frame)
+    names = [name for name in exact if '>' in name]
+    np.testing.assert_allclose(estimate[names], exact[names], atol=1e-10)
+    effects = [PathEffects.from_frame(res, n_resamples=10).to_frame() for res in (exact, estimate)]
+    np.testing.assert_allclose(effects[1]['ratio'], effects[0]['ratio'], atol=1e-10)
 
 
 @pytest.mark.real

@@ -51,7 +51,34 @@ def _tokens(words=('rust', 'costs', '$5', r'$\foo$'), **options):
     return plot.tokens({'tokens': list(words), 'token_effects': np.linspace(-1, 1, len(words))}, **options)
 
 
+def _scores(**options):
+    frame = pd.DataFrame({'qid': ['1', '1', '2'], 'score_original': [0.0, 1, 2], 'score_perturbed': [1.0, 1, 1]})
+    return plot.scores(frame, **options)
+
+
+def _overlaps(**options):
+    frame = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'completeness_error.neurons': 0.0})
+    frame['neurons'] = [np.arange(30.0).reshape(3, 10), np.arange(30.0)[::-1].reshape(3, 10)]
+    qrels = pd.DataFrame({'qid': ['x', 'y'], 'docno': 'd', 'label': [1, 0]})
+    return plot.overlaps(NeuronEffects.from_frame(frame, qrels), p=[10, 50], **options)
+
+
+def _paths(receiver=None, **options):
+    scores = {'score_original': 1.0, 'score_perturbed': [2.0, 3.0, 4.0]}
+    paths = {'L0H0>score': 0.5, 'L1H0>score': -0.2, 'L0H0>L1H0.k': 0.1, 'L0H1>L1H1.v': 0.2}
+    frame = pd.DataFrame({'qid': ['1', '2', '3'], 'docno': 'd', **scores, **paths})
+    note = Analysis('PatchPaths', {'direction': 'perturbed_to_original'}, list(paths))
+    return plot.paths(frame.assign(analysis=str(note)), receiver=receiver, **options)
+
+
+def _retention(**options):
+    rows = [(name, x, 1 - x / 3, 0.8 - x / 3, 1.1) for name in QUERIES for x in (0.2, 0.5)]
+    table = pd.DataFrame(rows, columns=['criterion', 'sparsity', 'retention', 'retention_low', 'retention_high'])
+    return plot.retention(table, by='criterion', **options)
+
+
 FIGURES = {'heads': _heads, 'circuit': _circuit, 'faithfulness': _faithfulness, 'neurons': _neurons, 'tokens': _tokens}
+FIGURES |= {'scores': _scores, 'overlaps': _overlaps, 'paths': _paths, 'retention': _retention}
 
 
 def texts_of(figure):
@@ -104,7 +131,10 @@ def test_numbers_are_numbers_where_the_user_likes_mathematics(name):
 # -- legends
 
 
-@pytest.mark.parametrize('name', ['heads', 'circuit', 'faithfulness', 'neurons'])
+WITH_LEGENDS = [name for name in FIGURES if name != 'tokens']
+
+
+@pytest.mark.parametrize('name', WITH_LEGENDS)
 @pytest.mark.parametrize('layout', [None, 'constrained'])
 @pytest.mark.parametrize('shape', [(1, 1), (1, 2), (2, 1)])
 def test_legends_stand_inside_the_figure(name, layout, shape):
@@ -120,8 +150,12 @@ def test_legends_stand_inside_the_figure(name, layout, shape):
 # -- what cannot be drawn
 
 
+OF_RESULTS = ['heads', 'circuit', 'faithfulness', 'neurons', 'layers', 'paths', 'overlaps']
+OF_FRAMES = ['scores', 'retention', 'importance']
+
+
 @pytest.mark.parametrize('value', [[1, 2], None, 'effects', np.zeros((2, 2)), 'of another kind'])
-@pytest.mark.parametrize('name', ['heads', 'circuit', 'faithfulness', 'neurons'])
+@pytest.mark.parametrize('name', [*OF_RESULTS, *OF_FRAMES])
 def test_other_things_are_refused_with_their_kind(name, value):
     if isinstance(value, str) and value == 'of another kind':
         value = Circuit.from_units(['L0H1']) if name != 'circuit' else NeuronEffects

@@ -79,7 +79,7 @@ def test_strongest_heads_are_labelled():
     assert len(_texts(plot.heads(_effects(UNEVEN), annotate=99).axes[0])) == 4
 
 
-@pytest.mark.parametrize('largest, text', [(30.0, '30'), (3.14159, '3.1'), (0.5, '0.50'), (0.012345, '0.012')])
+@pytest.mark.parametrize('largest, text', [(30.0, '30'), (3.14159, '3.1'), (0.5, '0.50'), (0.012345, '.012')])
 def test_labels_have_two_digits(largest, text):
     assert _texts(plot.heads(_effects([[largest, 0.0]])).axes[0]) == {(0, 0): text}
 

@@ -67,6 +67,8 @@ def test_half_precision_is_raised_before_the_probability():
         ({'label': (0, 1, 2)}, r'label must be one number, or two different ones .*got \(0, 1, 2\)'),
         ({'label': []}, r'label must be one number, or two different ones .*got \[\]'),
         ({'label': ('1', 0)}, "label must be a number from 0 to 2 .*; got '1'"),
+        ({'label': True}, 'label must be a number from 0 to 2 .*; got True'),
+        ({'label': [True, False]}, 'label must be a number from 0 to 2 .*; got True'),
         ({'label': '10'}, "label must be a number from 0 to 2 .*; got '10'"),
         ({'label': (1, 0), 'target': 'probability'}, "use label=1 with target='probability', or target='logit'"),
         ({'label': None, 'target': 'probability'}, 'has 3 labels: say which'),

@@ -10,7 +10,8 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from pyterrier_mech.circuits.discovery import discover_circuit
-from pyterrier_mech.circuits.roles import FLOWS, ODDS, SHARE, AttentionShares, head_roles
+from pyterrier_mech.circuits.roles import ODDS, head_roles
+from pyterrier_mech.circuits.shares import FLOWS, SHARE, AttentionShares
 from pyterrier_mech.patch.ablate import AblateHeads
 from pyterrier_mech.prune.criteria import causal
 from pyterrier_mech.prune.criteria.gates import unit_gradients
@@ -176,7 +177,8 @@ def _head_strengths(model: Ranker, data: FitData) -> Layers | None:
     counts = list(model.counts(HEADS).values())
     if len(model.towers) > 1 or model.map.why_not_plain() or not any(counts):
         return None
-    roles = head_roles(AttentionShares(model, text_field='text').transform(data.frame))
+    plain = data.frame[['qid', 'query', 'docno', 'text']]
+    roles = head_roles(AttentionShares(model, text_field='text').transform(plain), n_resamples=1)
     strengths = [np.zeros(count) for count in counts]
     for row in roles.to_dict('records'):
         strengths[row['layer']][row['head']] = _strength(row)
