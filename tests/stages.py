@@ -119,7 +119,7 @@ STAGES = {
     'PatchHeads of a ColBERT': (lambda model, **settings: PatchHeads(late(model), **settings), edited, True),
     'PatchHeads of a Splade': (lambda model, **settings: PatchHeads(sparse(model), **settings), edited, True),
     'PatchParts of a ColBERT': (
-        lambda model, **settings: PatchParts(late(model), ['L0H1'], **settings), edited, True
+        lambda model, **settings: PatchParts(late(model), heads=['L0H1'], **settings), edited, True
     ),
     'PatchParts of a Splade': (lambda model, **settings: PatchParts(sparse(model), **settings), edited, True),
     'PatchLayers': (lambda model, **settings: PatchLayers(cross(model), **settings), edited, True),

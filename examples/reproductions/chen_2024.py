@@ -72,12 +72,20 @@ class Study:
     def run(self):
         print(f'\n=== {self.name}', flush=True)
         patched = PatchLayers(self.model, types='literature')(self.frame)
+        self.scores(patched)
         self.blocks(patched)
         self.single_positions(patched)
         strongest = self.heads(PatchHeads(self.model)(self.frame))
         self.by_type(strongest)
         self.attention(strongest)
         self.paths(strongest)
+
+    def scores(self, patched):
+        for (grade, there), rows in patched.groupby(['grade', 'term_before']):
+            change = rows['score_perturbed'] - rows['score_original']
+            mean = shown(*quotient(rows['qid'], (change, 1)), self.digits)
+            before = shown(*quotient(rows['qid'], (rows['score_original'], 1)), self.digits)
+            print(f'{grade}, term there: {there}: {len(rows)} pairs, score {before}, its change {mean}')
 
     def groups(self, patched):
         """Rows of each grade, and by whether the passage had the term before; groups without rows are left out."""
@@ -180,7 +188,7 @@ class Study:
         row = lengths[there].idxmin() if there.any() else lengths.idxmin()
         head = (same or strongest)[0]
         found = AttentionPatterns(self.model, [head], tower=tower)(self.frame.loc[[row]]).iloc[0]
-        self.keep(plot.attention(found, f'{tower}.{head}' if tower else head, n_tokens=32), 'attention')
+        self.keep(plot.attention(found, f'{tower}.{head}' if tower else head, n_tokens=24), 'attention')
 
     def paths(self, strongest):
         direct = PatchPaths(self.model, receivers='score', senders=strongest)(self.frame)

@@ -61,8 +61,8 @@ class PatchParts(Patching):
         ValueError: If a setting is not known, or a score is not finite.
     """
 
-    heads: Any = units([HEADS], default=())
     _: KW_ONLY
+    heads: Any = units([HEADS], default=())
 
     def check(self) -> None:
         """Checks the settings, before any work."""
@@ -145,14 +145,15 @@ class PatchParts(Patching):
         side = self._ordered([ORIGINAL, PERTURBED])[0]
         for i, row in enumerate(rows):
             there = compared[i].nonzero().squeeze(-1)
+            at_query = there.cpu().numpy()
             one = np.asarray([row])
             names = {which: text.arrays(one, which)[0][0] for which in (ORIGINAL, PERTURBED)}
             matches = {
-                f'match_{which}': tokens(names[which][places[k, i][there.cpu()]].tolist())
+                f'match_{which}': tokens(names[which][places[k, i][at_query]].tolist())
                 for k, which in enumerate((ORIGINAL, PERTURBED))
             }
             effects, same = as_numpy(moved[:, i, there]) / unit[i], as_numpy(stayed[:, i, there]) / unit[i]
-            ids = query.arrays(one, side)[0][0][there.cpu().numpy()]
+            ids = query.arrays(one, side)[0][0][at_query]
             yield {
                 'parts': tokens(ids.tolist()),
                 **matches,

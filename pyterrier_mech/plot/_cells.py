@@ -12,7 +12,7 @@ from pyterrier_mech.plot import _style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABELS = {'ratio': 'share of the score change\ncarried by {}', 'mean': 'mean score change (logits)'}
+LABELS = {'ratio': 'share of the score change\ncarried by {}', 'mean': 'mean score change'}
 _MISSING: dict[str, Any] = {'facecolor': '#f2f2f2', 'edgecolor': '#bdbdbd', 'hatch': '//////', 'linewidth': 0}
 
 

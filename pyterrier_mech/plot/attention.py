@@ -51,7 +51,7 @@ def attention(
     _style.require_matplotlib()
     kept = _kept(sides, n_tokens)
     n = max(map(len, kept))
-    size = (max(3.4, len(sides) * (0.115 * n + 0.85) + 0.6), 0.115 * n + 1.5)
+    size = (max(3.4, len(sides) * (0.115 * n + 0.85) + 1.2), 0.115 * n + 1.5)
     axes = _style.panels(figure, size, 1, len(sides))
     largest = max(weights[np.ix_(places, places)].max() for (_, weights, _), places in zip(sides, kept, strict=True))
     for ax, (name, weights, tokens), places in zip(axes[0], sides, kept, strict=True):

@@ -163,4 +163,4 @@ def _of_row(row: Any, n_tokens: int, figure: Figure | SubFigure | None, title: s
 
 def _unit(row: Any) -> str:
     settings = Analysis.parse(row[ANALYSIS]).settings if ANALYSIS in row else {}
-    return 'share of the score change' if settings.get('effect') == 'normalized' else 'score change (logits)'
+    return 'share of the score change' if settings.get('effect') == 'normalized' else 'score change'

@@ -64,8 +64,8 @@ def _pairs(ax: Axes, original: np.ndarray, perturbed: np.ndarray, qids: np.ndarr
             looks: Any = {'s': 14, 'linewidths': 0, 'alpha': 0.7}
             found.append(ax.scatter(original[rows], perturbed[rows], color=colour, marker=marker, label=label, **looks))
     ax.set_aspect('equal', adjustable='datalim')
-    ax.set_xlabel('score of the original (logits)', fontsize=9)
-    ax.set_ylabel('score with the edit (logits)', fontsize=9)
+    ax.set_xlabel('score of the original', fontsize=9)
+    ax.set_ylabel('score with the edit', fontsize=9)
     return found
 
 
@@ -82,7 +82,7 @@ def _queries(ax: Axes, original: np.ndarray, perturbed: np.ndarray, qids: np.nda
             found.append(ax.scatter(place[rows], change[rows], color=colour, marker=marker, label=label, **looks))
     found += ax.plot(np.arange(len(means)), means, color='black', linewidth=1, label='mean of the query')
     ax.set_xlabel(f'{len(means)} queries, by mean change', fontsize=9)
-    ax.set_ylabel('score change (logits)', fontsize=9)
+    ax.set_ylabel('score change', fontsize=9)
     ax.set_xticks([])
     return found
 

@@ -214,13 +214,7 @@ class Ranker(Stage):
         return self.maker
 
     def scored(self, fields: Sequence[str], ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """Returns 1 where a token counts when a tower's sequences are read out [rows, tokens].
-
-        Args:
-            fields: What the tower reads, part by part.
-            ids: Token ids [rows, tokens].
-            shown: 1 where there is a token [rows, tokens].
-        """
+        """Returns 1 where a token counts when a tower is read out, from 1 where there is one; all [rows, tokens]."""
         if len(self.towers) == 1:
             return shown
         unscored = self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)

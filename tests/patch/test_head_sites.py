@@ -126,7 +126,7 @@ def test_unpatchable_rows_and_names():
         AblatedReranker(model, ['L0H1.k'])(pairs(2))
     with pytest.raises(ValueError, match="site must be one of .* got site='keys'"):
         PatchHeads(model, site='keys')(pairs(2))
-    with pytest.raises(ValueError, match='head columns'):
+    with pytest.raises(ValueError, match='patched by type of token: use LayerEffects'):
         HeadEffects.from_frame(PatchHeads(model, heads=HEADS, by='token_type')(pairs(4)).drop(columns='analysis'))
 
 
