@@ -177,7 +177,7 @@ def run(module, inputs, changes=None, seen=None):
 def whole(inputs):
     """The inputs of a side, with positions numbered without the hidden ones."""
     mask = inputs['attention_mask']
-    return {**inputs, 'position_ids': (mask.cumsum(1) - 1).clamp(min=0)} if mask.min() == 0 else dict(inputs)
+    return {**inputs, 'position_ids': (mask.cumsum(1) * mask - 1).clamp(min=0)} if mask.min() == 0 else dict(inputs)
 
 
 def score(model, towers, changes=()):
