@@ -47,7 +47,7 @@ from pyterrier_mech.perturb import (
     perturbation,
 )
 from pyterrier_mech.prune import PrunedReranker
-from pyterrier_mech.rankers import BiEncoder, ColBERT, CrossEncoder, Splade
+from pyterrier_mech.rankers import BiEncoder, CausalReranker, ColBERT, CrossEncoder, Splade
 from pyterrier_mech.results import AxiomProfile, Circuit, HeadEffects, LayerEffects, NeuronEffects, PathEffects
 from pyterrier_mech.tables import read_frame, write_frame
 from pyterrier_mech.units import Units
@@ -57,6 +57,7 @@ __all__ = [
     # rankers, and with an intervention
     'AblatedReranker',
     'BiEncoder',
+    'CausalReranker',
     'ColBERT',
     'CrossEncoder',
     'PatchedReranker',

@@ -14,6 +14,7 @@ from pyterrier_mech.anatomy import families
 from pyterrier_mech.anatomy.edits import columns_of, zeros
 from pyterrier_mech.anatomy.families import Family, register_family  # noqa: F401
 from pyterrier_mech.anatomy.families import _classify_bert as classify_bert  # noqa: F401
+from pyterrier_mech.anatomy.layers import Layer  # noqa: F401
 from pyterrier_mech.anatomy.readouts import READOUTS  # noqa: F401
 from pyterrier_mech.anatomy.resizing import keep_units  # noqa: F401
 from pyterrier_mech.anatomy.sites import PLACES, Place  # noqa: F401
@@ -69,6 +70,7 @@ from pyterrier_mech.rankers import folders, loading
 from pyterrier_mech.rankers.folders import Stated  # noqa: F401
 from pyterrier_mech.rankers.modes import tf32  # noqa: F401
 from pyterrier_mech.rankers.saving import save_ranker  # noqa: F401
+from pyterrier_mech.rankers.templates import KNOWN, known_for  # noqa: F401
 from pyterrier_mech.saving import read_meta, write_atomic  # noqa: F401
 from pyterrier_mech.units import Site, Units  # noqa: F401
 
@@ -156,12 +158,14 @@ def sides(model, row, filler='a'):
     """
     row = row._asdict() if hasattr(row, '_asdict') else dict(row)
     versions = [{field: row.get(f'{field}_0', row[field]) for field in ('query', 'text')}, row]
-    ids = [
-        {field: model.tokenize(field, [version[field]]).row(0) for field in ('query', 'text')} for version in versions
-    ]
-    aligner, found = Aligner(model.maker, filler), []
+    values = [{field: [version[field]] for field in ('query', 'text')} for version in versions]
+    query = next(ids.row(0) for tower in model.towers for name, ids in model.parts(values[1], tower) if name == 'query')
+    found = []
     for tower in model.towers:
-        one = aligner.align(*([part[field] for field in tower] for part in ids), tower, query=ids[1]['query'])
+        parts = [model.parts(one, tower) for one in values]
+        ids = ([part.row(0) for _, part in side] for side in parts)
+        aligner = Aligner(model.maker_of(tower), filler)
+        one = aligner.align(*ids, [name for name, _ in parts[0]], query=query)
         found.append(Side(_inputs(model, one, 'original'), _inputs(model, one, 'perturbed'), one.types, one.problem))
     return found
 
@@ -184,7 +188,7 @@ def problem_of(towers):
 
 def forced_effects(model, texts, heads):
     """Changes of the pooled vectors where every pair of a text with itself is patched as if it had been edited."""
-    ids = model.tokenize('text', texts)
+    ids = model.maker.tokenize(texts)
     aligner = Aligner(model.maker)
     same = [aligner.align([ids.row(0), ids.row(i)], [ids.row(0), ids.row(i)]) for i in range(len(texts))]
     forced = [replace(one, problem='') for one in same]

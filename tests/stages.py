@@ -1,9 +1,11 @@
 """Every stage, for the checks of `test_contract.py`: a new stage adds one line to `STAGES`."""
 
 import tempfile
+import weakref
 
 import numpy as np
 import torch
+from decoders import TEMPLATE, WORDS, module_of, tokenizer
 from late import masked_around, projected_around
 from toys import frame_of, pairs, reference, wordpiece_tokenizer
 
@@ -20,6 +22,7 @@ from pyterrier_mech import (
     AttributePaths,
     AttributeTokens,
     BiEncoder,
+    CausalReranker,
     ColBERT,
     CrossEncoder,
     PatchedReranker,
@@ -46,6 +49,17 @@ def cross(model, **settings):
 def bi(model, **settings):
     tokenizer = None if isinstance(model, str) else wordpiece_tokenizer()
     return BiEncoder(model, tokenizer=tokenizer, pooling='mean', **settings)
+
+
+_decoders = weakref.WeakKeyDictionary()
+
+
+def causal(model, **settings):
+    """Around a decoder, one for each module that is given."""
+    if not isinstance(model, str):
+        model = _decoders.setdefault(model, module_of(fresh=True))
+        settings['tokenizer'] = tokenizer()
+    return CausalReranker(model, template=TEMPLATE, words=WORDS, **settings)
 
 
 def late(model, **settings):
@@ -94,12 +108,14 @@ def edited():
 STAGES = {
     'CrossEncoder': (cross, plain, False),
     'BiEncoder': (bi, plain, False),
+    'CausalReranker': (causal, plain, False),
     'ColBERT': (late, plain, False),
     'Splade': (sparse, plain, False),
     'Perturb': (lambda model, **settings: Perturb(TFC1(), **settings), plain, True),
     'Perturb of queries': (lambda model, **settings: Perturb(reverse, field='query', **settings), plain, True),
     'PatchHeads': (lambda model, **settings: PatchHeads(cross(model), **settings), edited, True),
     'PatchHeads of a bi-encoder': (lambda model, **settings: PatchHeads(bi(model), **settings), edited, True),
+    'PatchHeads of a decoder': (lambda model, **settings: PatchHeads(causal(model), **settings), edited, True),
     'PatchHeads of a ColBERT': (lambda model, **settings: PatchHeads(late(model), **settings), edited, True),
     'PatchHeads of a Splade': (lambda model, **settings: PatchHeads(sparse(model), **settings), edited, True),
     'PatchParts of a ColBERT': (
@@ -178,6 +194,8 @@ WITH_UNITS = {
 UNHOOKABLE = [
     'AttributeHeads by RelP', 'AttentionShares', 'AttentionShares of a bi-encoder', 'AttentionPatterns', 'Resumable'
 ]  # fmt: skip
+# Not built around the module that is given.
+DECODING = ['CausalReranker', 'PatchHeads of a decoder']
 OF_MODELS = [name for name in STAGES if not name.startswith('Perturb')]
 
 

@@ -9,7 +9,7 @@ import inside
 import numpy as np
 import pytest
 import torch
-from stages import OF_MODELS, STAGES, UNHOOKABLE, bi, close, modules_of
+from stages import DECODING, OF_MODELS, STAGES, UNHOOKABLE, bi, close, modules_of
 from toys import same_weights, weights
 
 from pyterrier_mech import AblatedReranker
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*cannot be patched', 'ignore:.*
 
 each = pytest.mark.parametrize('name', STAGES)
 each_of_models = pytest.mark.parametrize('name', OF_MODELS)
-each_hookable = pytest.mark.parametrize('name', [name for name in OF_MODELS if name not in UNHOOKABLE])
+each_hookable = pytest.mark.parametrize('name', [name for name in OF_MODELS if name not in [*UNHOOKABLE, *DECODING]])
 
 
 def state_of(stage):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import decoders
 import inside
 import matplotlib
 import matplotlib.pyplot as plt
@@ -100,7 +101,9 @@ def world(tmp_path, monkeypatch):
     module.save_pretrained('my-model')
     tokenizer.save_pretrained('my-model')
 
-    def load_module(name, *, classifier, dtype, device, masked=False):
+    def load_module(name, *, classifier=False, causal=False, masked=False, dtype, device):
+        if causal:
+            return decoders.module_of(dtype=torch.float32, fresh=True).to(device)
         toy = toy_module('bert', classifier=classifier, dtype=dtype, fresh=True)[0].to(device)
         return masked_around(toy) if masked else toy
 
@@ -112,7 +115,7 @@ def world(tmp_path, monkeypatch):
     toys = {
         'load_module': load_module,
         'load_config': lambda name: module.config,
-        'load_tokenizer': lambda name: tokenizer,
+        'load_tokenizer': lambda name: decoders.tokenizer() if name.startswith('Qwen/') else tokenizer,
         'load_json': load_json,
         'load_tensors': lambda name, *_: {'linear.weight': torch.eye(8, 32)},
     }

@@ -27,10 +27,13 @@ class Family:
         mlp_out: Path of the last linear map of the feed-forward block, from a layer. Its input are the neurons.
         classify: From (classification module, pooled vectors [..., d]) to logits [..., labels].
         vocabulary: From (masked language model, hidden states [..., d]) to what its last linear map reads.
-        pooling: How the classifier reads the sequence: 'cls' or 'mean'; a dotted config path if the config says it.
+        pooling: How the classifier reads the sequence: 'cls', 'mean' or 'last'; a dotted config path if the config says
+            it.
+        causal: Whether a token sees itself and earlier tokens alone.
         qkv: Paths of the query, key and value projections; a single path where they are fused.
-        norm_attention: Path of the LayerNorm after (post-norm) or before (pre-norm) attention.
-        norm_mlp: Path of the LayerNorm after (post-norm) or before (pre-norm) the feed-forward block.
+        qk_norms: Paths of the norms of each head's queries and keys, from a layer, where there are some.
+        norm_attention: Path of the norm after (post-norm) or before (pre-norm) attention.
+        norm_mlp: Path of the norm after (post-norm) or before (pre-norm) the feed-forward block.
         mlp_in: Path of the first linear map of the feed-forward block.
         activation: Path of the activation function.
         gated: Whether the feed-forward block is gated. The first linear map then gives activation inputs and gates, in
@@ -38,8 +41,9 @@ class Family:
         mlp_gate: Path of that map.
         norm_first: Whether the layers are pre-norm.
         rotary_float32: Whether rotary positions are applied in float32, whatever the type of the weights.
-        final_norm: Path of the LayerNorm after the last layer, from the base model, if there is one.
+        final_norm: Path of the norm after the last layer, from the base model, if there is one.
         positions_after_padding: Whether position numbers start behind the padding token's id.
+        unlike: What a layer does that the fast engines do not, in words; everything then works by hooks.
     """
 
     model_types: tuple[str, ...]
@@ -50,7 +54,9 @@ class Family:
     classify: Callable[[Any, torch.Tensor], torch.Tensor]
     vocabulary: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     pooling: str = 'cls'
+    causal: bool = False
     qkv: tuple[str, ...] = ()
+    qk_norms: tuple[str, ...] = ()
     norm_attention: str = ''
     norm_mlp: str = ''
     mlp_in: str = ''
@@ -61,11 +67,12 @@ class Family:
     rotary_float32: bool = False
     final_norm: str = ''
     positions_after_padding: bool = False
+    unlike: str = ''
 
     @property
     def described(self) -> bool:
         """Whether the fast engines have all the names that they need."""
-        return bool(self.qkv)
+        return bool(self.qkv) and not self.unlike
 
 
 def _through(pooled: torch.Tensor, *parts: Any) -> torch.Tensor:
@@ -94,6 +101,10 @@ def _classify_distilbert(module: Any, pooled: torch.Tensor) -> torch.Tensor:
 
 def _classify_modernbert(module: Any, pooled: torch.Tensor) -> torch.Tensor:
     return module.classifier(module.head(pooled))
+
+
+def _classify_last(module: Any, pooled: torch.Tensor) -> torch.Tensor:
+    return module.score(pooled)
 
 
 def _vocabulary_bert(module: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -236,3 +247,32 @@ register_family(
         mlp_out='output.dense',
     )
 )
+
+# Decoders. The classifier and the pooled token are those of Hugging Face's `GenericForSequenceClassification`.
+_DECODER: dict[str, Any] = {
+    'classify': _classify_last,
+    'pooling': 'last',
+    'causal': True,
+    'layers': 'layers',
+    'attention_out': 'self_attn.o_proj',
+    'head_dim': 'self_attn.head_dim',
+    'mlp_out': 'mlp.down_proj',
+}
+_DECODER_NAMES: dict[str, Any] = {
+    **_DECODER,
+    'qkv': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    'norm_attention': 'input_layernorm',
+    'norm_mlp': 'post_attention_layernorm',
+    'mlp_in': 'mlp.gate_proj',
+    'activation': 'mlp.act_fn',
+    'gated': True,
+    'mlp_gate': 'mlp.up_proj',
+    'norm_first': True,
+    'final_norm': 'norm',
+}
+_QK_NORMS = ('self_attn.q_norm', 'self_attn.k_norm')
+register_family(Family(('llama', 'mistral', 'qwen2', 'gemma'), **_DECODER_NAMES))
+register_family(Family(('qwen3',), qk_norms=_QK_NORMS, **_DECODER_NAMES))
+register_family(Family(('gemma2', 'gemma3_text'), unlike='norms what its blocks give', **_DECODER_NAMES))
+# Queries, keys and values come from one map, in unequal shares.
+register_family(Family(('phi3',), **_DECODER))

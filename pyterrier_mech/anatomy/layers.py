@@ -1,4 +1,4 @@
-"""A layer of a Hugging Face encoder: its parts, found by the names of its family, and what they compute."""
+"""A layer of a Hugging Face model: its parts, found by the names of its family, and what they compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
-from pyterrier_mech.anatomy.attention import Rotary, absorbed, attend, rotate, weights
+from pyterrier_mech.anatomy.attention import Past, Rotary, absorbed, attend, attend_after, rotate, weights
 from pyterrier_mech.anatomy.families import Family
 from pyterrier_mech.anatomy.readouts import picked
 
@@ -26,13 +26,16 @@ class Context:
         mask: Attention mask as the Hugging Face layer gets it (boolean or additive, broadcastable to
             [rows, heads, tokens, tokens]), or None.
         rotary: Cosines and sines of rotary positions [rows or 1, tokens, head width], or None.
+        past: Keys, rotated, and values of tokens before those of the input, or None. The mask then has columns for
+            these, and for those of the input behind them.
     """
 
     mask: torch.Tensor | None = None
     rotary: Rotary | None = None
+    past: Past | None = None
 
     def rows(self, pick: Pick) -> Context:
-        """Returns the context with `pick` applied to everything that has one entry a row."""
+        """Returns the context with `pick` applied to everything that has one entry a row; the past is shared."""
 
         def of(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if tensor.shape[0] == 1 else pick(tensor)
@@ -40,6 +43,7 @@ class Context:
         return Context(
             None if self.mask is None else of(self.mask),
             None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1])),
+            self.past,
         )
 
 
@@ -99,14 +103,25 @@ class Layer:
         """Number of neurons."""
         return self.mlp_out.in_features
 
+    def n_heads_of(self, kind: str) -> int:
+        """Number of heads of a site inside heads: keys and values may have fewer than queries."""
+        if kind not in ('k', 'v') or len(self.family.qkv) != 3 or not self.n_heads:
+            return self.n_heads
+        return self.qkv_parts[1].out_features // self.head_dim
+
     def columns(self, head: int) -> slice:
         """Returns where a head's output stands in z."""
         width = self.head_dim
         return slice(head * width, (head + 1) * width)
 
+    def reach(self, kind: str, head: int) -> slice:
+        """Returns which columns of z one head of a kind of site enters: several where keys and values are shared."""
+        width = self.n_heads // (self.n_heads_of(kind) or 1) * self.head_dim
+        return slice(head * width, (head + 1) * width)
+
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """From [rows, tokens, heads·d_h] to [rows, heads, tokens, d_h]."""
-        return x.view(*x.shape[:-1], self.n_heads, self.head_dim).transpose(-3, -2)
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(-3, -2)
 
     def attention_input(self, x: torch.Tensor) -> torch.Tensor:
         """What the query, key and value projections read."""
@@ -116,11 +131,25 @@ class Layer:
         """Queries and keys, positions applied, and values, each [rows, heads, tokens, d_h]."""
         parts = self.qkv_parts
         q, k, v = parts[0](h).chunk(3, dim=-1) if len(parts) == 1 else (part(h) for part in parts)
-        return self.rotated(self.split(q), rotary), self.rotated(self.split(k), rotary), self.split(v)
+        return self.turned('q', self.split(q), rotary), self.turned('k', self.split(k), rotary), self.split(v)
 
-    def rotated(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
-        """Applies rotary positions to queries or keys [rows, heads, tokens, d_h], where the layer has some."""
+    def turned(self, kind: str, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        """From queries ('q') or keys ('k') as the maps give them to those that are multiplied: normed, rotated.
+
+        Args:
+            kind: Which of both.
+            x: [rows, heads, tokens, d_h].
+            rotary: Rotary positions, where the layer has some.
+        """
+        if self.family.qk_norms:
+            x = attrgetter(self.family.qk_norms[kind == 'k'])(self.module)(x)
         return rotate(x, rotary, self.family.rotary_float32)
+
+    def mask(self, context: Context, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """Returns the mask of the context; of a causal layer also where Hugging Face leaves it to the kernel."""
+        if context.mask is None and self.family.causal:
+            return torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril()
+        return context.mask
 
     def projected(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """Queries (0), keys (1) or values (2) of the layer's input, joined, before positions are applied."""
@@ -132,7 +161,9 @@ class Layer:
         if not self.n_heads:
             return x.new_zeros(*x.shape[:-1], 0)
         q, k, v = self.projections(self.attention_input(x), context.rotary)
-        return attend(q, k, v, context.mask).transpose(1, 2).reshape(*x.shape[:-1], -1)
+        mask = self.mask(context, x.shape[1], x.device)
+        z = attend(q, k, v, mask) if context.past is None else attend_after(q, k, v, mask, context.past)
+        return z.transpose(1, 2).reshape(*x.shape[:-1], -1)
 
     def z_at(self, x: torch.Tensor, context: Context, at: torch.Tensor | int) -> torch.Tensor:
         """Head outputs of one token a row alone, [rows, 1, heads·d_h].
@@ -144,12 +175,12 @@ class Layer:
         """
         if not self.n_heads:
             return x.new_zeros(x.shape[0], 1, 0)
-        h, mask = self.attention_input(x), context.mask
+        h, mask = self.attention_input(x), self.mask(context, x.shape[1], x.device)
         if mask is not None and mask.shape[-2] > 1:
             mask = picked(mask.expand(x.shape[0], *mask.shape[1:]).transpose(1, 2), at).transpose(1, 2)
         if context.rotary is not None or len(self.qkv_parts) == 1:
-            q, k, v = self.projections(h, context.rotary)
-            z = attend(picked(q.transpose(1, 2), at).transpose(1, 2), k, v, mask)
+            q, k, v = self._projections_at(h, context.rotary, at)
+            z = attend(q, k, v, mask) if context.past is None else attend_after(q, k, v, mask, context.past)
             return z.transpose(1, 2).reshape(x.shape[0], 1, -1)
         query, key, value = self.qkv_parts
         heads = (self.n_heads, self.head_dim)
@@ -159,10 +190,25 @@ class Layer:
         ).reshape(x.shape[0], -1)
         return (z if value.bias is None else z + value.bias).unsqueeze(1)
 
+    def _projections_at(
+        self, h: torch.Tensor, rotary: Rotary | None, at: torch.Tensor | int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `projections`, with the queries of one token a row."""
+        if len(self.qkv_parts) == 1:
+            q, k, v = self.projections(h, rotary)
+            return picked(q.transpose(1, 2), at).transpose(1, 2), k, v
+        query, key, value = self.qkv_parts
+        there = None
+        if rotary is not None:
+            cos, sin = (picked(part.expand(h.shape[0], *part.shape[1:]), at) for part in rotary)
+            there = cos, sin
+        q = self.turned('q', self.split(query(picked(h, at))), there)
+        return q, self.turned('k', self.split(key(h)), rotary), self.split(value(h))
+
     def pattern(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """Attention weights [rows, heads, tokens, tokens], in float32 at least."""
         q, k, _ = self.projections(self.attention_input(x), context.rotary)
-        return weights(q, k, context.mask)
+        return weights(q, k, self.mask(context, x.shape[1], x.device))
 
     def mlp(self, a: torch.Tensor) -> torch.Tensor:
         """The feed-forward block without its norm and residual sum."""

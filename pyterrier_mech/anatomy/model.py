@@ -107,7 +107,7 @@ class _LastLayerReached(Exception):  # noqa: N818 - it is a signal, not an error
 
 
 class ModelMap:
-    """A Hugging Face encoder, or one with a classification head, as a map of sites."""
+    """A Hugging Face encoder or decoder, with a head or without, as a map of sites."""
 
     def __init__(self, module: Any):
         """Finds the family.
@@ -146,7 +146,8 @@ class ModelMap:
     def counts(self, kind: str) -> dict[Site, int]:
         """Returns how many heads (also where the kind is inside heads) or neurons each site of the kind has."""
         return {
-            Site(kind, i): layer.n_neurons if kind == NEURONS else layer.n_heads for i, layer in enumerate(self.layers)
+            Site(kind, i): layer.n_neurons if kind == NEURONS else layer.n_heads_of(kind)
+            for i, layer in enumerate(self.layers)
         }
 
     def sites(self, kind: str) -> list[Site]:
@@ -246,7 +247,9 @@ class ModelMap:
         return uniform and all(self.place(site).rowwise for site in direct) and not self.why_not_plain()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        return self.base(**batch.tensors, return_dict=True).last_hidden_state
+        # Decoders would keep the keys and values of every layer.
+        options = {'use_cache': False} if self.family.causal else {}
+        return self.base(**batch.tensors, **options, return_dict=True).last_hidden_state
 
     def _until(self, index: int, batch: Batch) -> tuple[torch.Tensor, Context]:
         """Runs the base model's own forward up to a layer; returns that layer's input and context."""

@@ -26,8 +26,12 @@ _GLOBAL_HOOKS = ('_global_forward_hooks', '_global_forward_pre_hooks')
 
 def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
     """Returns why the parts of the layers must not be computed with directly, or ''."""
+    if family.unlike:
+        return f'a layer of {module.config.model_type!r} {family.unlike}'
     if not family.described:
         return f'the attention of {module.config.model_type!r} is not described'
+    if family.causal and getattr(module.config, 'is_causal', True) is False:
+        return 'tokens see later ones (is_causal is False)'
     if getattr(module.config, '_attn_implementation', None) not in _KERNELS:
         return f'attention runs by {module.config._attn_implementation!r}'
     if reason := why_not_own(module):
@@ -37,10 +41,13 @@ def why_not_plain(module: Any, family: Family, layers: Sequence[Layer]) -> str:
             if type(part) is not nn.Linear:
                 return f'layer {number} has a {type(part).__name__} where a Linear was expected'
         for part in (layer.part('norm_attention'), layer.part('norm_mlp')):
-            if type(part) not in _NORMS:
-                return f'layer {number} has a {type(part).__name__} where a LayerNorm was expected'
+            # The norms of decoders are classes of each family; like LayerNorm they see one token at a time.
+            if type(part) not in _NORMS and not (family.causal and type(part).__name__.endswith('RMSNorm')):
+                return f'layer {number} has a {type(part).__name__} where a norm was expected'
         if hasattr(layer.module, 'crossattention'):
             return f'layer {number} attends to another sequence'
+        if getattr(_attention(layer), 'is_causal', family.causal) != family.causal:
+            return f'layer {number} is {"not " * family.causal}causal'
         scaling = getattr(_attention(layer), 'scaling', None)
         if scaling is not None and scaling != layer.head_dim**-0.5:
             return f'layer {number} scales its attention by {scaling}'

@@ -59,6 +59,19 @@ class MeanTokens:
         return (hidden * weight).sum(-2) / weight.sum(-2)
 
 
+class LastToken:
+    """The last token that counts."""
+
+    def at(self, scored: torch.Tensor) -> torch.Tensor:
+        """Returns its position in every row; 0 where no token counts."""
+        return (scored * torch.arange(scored.shape[-1], device=scored.device)).argmax(-1)
+
+    def represent(self, hidden: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        """Returns its hidden state."""
+        places = self.at(scored).expand(hidden.shape[:-2])[..., None, None]
+        return hidden.gather(-2, places.expand(*hidden.shape[:-2], 1, hidden.shape[-1])).squeeze(-2)
+
+
 class TokenVectors:
     """A vector for every token: its hidden state taken through some maps."""
 
@@ -139,7 +152,7 @@ class VocabularyWeights:
 # Numbers in one block of logits: 64 MiB in float32.
 _BLOCK = 2**24
 
-READOUTS: dict[str, Readout] = {'cls': FirstToken(), 'mean': MeanTokens()}
+READOUTS: dict[str, Readout] = {'cls': FirstToken(), 'mean': MeanTokens(), 'last': LastToken()}
 
 
 def _touched(module: nn.Module) -> bool:

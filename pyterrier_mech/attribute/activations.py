@@ -12,8 +12,9 @@ import torch
 
 from pyterrier_mech.anatomy.model import EMBEDDINGS, Batch, Edit
 from pyterrier_mech.anatomy.sites import PLACES
-from pyterrier_mech.attribute.neurons import TYPES
+from pyterrier_mech.attribute.neurons import plain_types
 from pyterrier_mech.frames import texts_of, with_columns
+from pyterrier_mech.inputs.alignment import PROMPT
 from pyterrier_mech.inputs.alignment import TYPES as ALL_TYPES
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import Inputs
@@ -84,7 +85,7 @@ class Activations(Keeping, ModelStage):
 
     def _read(self, inputs: Inputs | None, tower: int, start: str, sites: Sequence[Site]) -> dict[str, Any]:
         """Returns the columns of a tower; of no inputs, those of a frame without rows."""
-        ends = [f'.{kind}' for kind in TYPES] if self.keep == 'token_type' else ['']
+        ends = [f'.{kind}' for kind in plain_types(self.model)] if self.keep == 'token_type' else ['']
         n_rows = 0 if inputs is None else len(inputs)
         columns = {f'{start}{site.name}{end}': np.empty(n_rows, dtype=object) for site in sites for end in ends}
         if self.keep == 'all':
@@ -122,7 +123,7 @@ class Activations(Keeping, ModelStage):
         where = batch.tensors['attention_mask'][None].bool()
         if self.keep == 'token_type':
             types = torch.from_numpy(inputs.types(tower, rows)).to(where.device)
-            where = torch.stack([types == ALL_TYPES.index(kind) for kind in TYPES])
+            where = torch.stack([types == (*ALL_TYPES, PROMPT).index(kind) for kind in plain_types(self.model)])
 
         def reduced(tensor: torch.Tensor) -> torch.Tensor:
             tensor = _raised(tensor)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pyterrier_mech.frames import Fields
+from pyterrier_mech.inputs.alignment import PROMPT
 from pyterrier_mech.inputs.inputs import Inputs, Tower
 
 Baseline = str | np.ndarray | Sequence[int] | Callable[[np.ndarray], Any]
@@ -83,8 +84,8 @@ def lines(model: Any, fields: Fields, baseline: Baseline, names: Sequence[str]) 
     Args:
         model: A ranker.
         fields: Query and text of every row.
-        baseline: 'query' (query tokens become padding tokens, all else stays), 'all' (all but the special tokens do),
-            token ids, or a function from the input's token ids to the baseline's.
+        baseline: 'query' (query tokens become padding tokens, all else stays), 'all' (all but special tokens and
+            prompts do), token ids, or a function from the input's token ids to the baseline's.
         names: What an error calls each row.
 
     Raises:
@@ -109,7 +110,7 @@ def _baseline_ids(model: Any, tower: Tower, row: int, baseline: Baseline, name: 
         if pad is None:
             raise ValueError(f'baseline={baseline!r} needs a padding token, which this tokenizer has not: give ids')
         types = np.asarray(tower.types(row))
-        moves = types == 'query' if baseline == 'query' else ~np.isin(types, ['cls', 'sep'])
+        moves = types == 'query' if baseline == 'query' else ~np.isin(types, ['cls', 'sep', PROMPT])
         return np.where(moves, pad, ids)
     given = np.asarray(baseline(ids.copy()) if callable(baseline) else baseline)
     if given.shape != ids.shape:

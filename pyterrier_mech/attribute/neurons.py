@@ -12,11 +12,11 @@ import torch
 from pyterrier_mech.attribute.lines import Line
 from pyterrier_mech.attribute.path import Integrating, integrate, warn_of
 from pyterrier_mech.frames import texts_of, with_columns
+from pyterrier_mech.inputs.alignment import types_of
 from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import choice
 from pyterrier_mech.units import NEURONS
 
-TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other')
 ERROR = 'completeness_error.neurons'
 
 
@@ -72,7 +72,7 @@ class AttributeNeurons(Integrating):
         """Attributes the score of every row."""
         self.check()
         texts_of(inp, self, self.text)
-        names = ['neurons'] if self.by is None else [f'neurons.{kind}' for kind in TYPES]
+        names = ['neurons'] if self.by is None else [f'neurons.{kind}' for kind in plain_types(self.model)]
         if not len(inp):
             empty = {name: np.zeros(0, dtype=object) for name in names}
             return with_columns(inp, {**empty, ERROR: np.zeros(0, dtype=np.float32)})
@@ -97,7 +97,12 @@ class AttributeNeurons(Integrating):
     def _positions(self, line: Line) -> list[np.ndarray]:
         if self.by is None:
             return [np.arange(len(line))]
-        return [np.flatnonzero(line.types == kind) for kind in TYPES]
+        return [np.flatnonzero(line.types == kind) for kind in plain_types(self.model)]
+
+
+def plain_types(model: Any) -> tuple[str, ...]:
+    """Returns the types of positions of a ranker that reads one version."""
+    return tuple(kind for kind in types_of(model, 'basic') if kind != 'inserted')
 
 
 def neuron_counts(model: Any) -> list[int]:

@@ -85,7 +85,8 @@ class Points:
         scores = model.read(vectors)
         outputs = [seen[site] for site in [*self.sites, *self.cuts]]
         gradients = torch.autograd.grad(scores.sum(), outputs)
-        values = [(_plain(a), _plain(g)) for a, g in zip(outputs, gradients, strict=True)]
+        at = model.readout.at(batch.scored)
+        values = [(_plain(a, width, at), _plain(g, width, at)) for a, g in zip(outputs, gradients, strict=True)]
         nodes = []
         for row, (length, score) in enumerate(zip(lengths, scores.tolist(), strict=True)):
             curve = [(a[row, :length], g[row, :length]) for a, g in values]
@@ -93,7 +94,14 @@ class Points:
         return nodes
 
 
-def _plain(values: torch.Tensor) -> torch.Tensor:
-    """Returns values without their graph, half precision raised so that sums over points keep it."""
+def _plain(values: torch.Tensor, width: int, at: torch.Tensor | int | None) -> torch.Tensor:
+    """Returns values without their graph, half precision raised so that sums over points keep it.
+
+    A token that stands alone in the last layer, and is not the first, is put where it belongs.
+    """
     values = values.detach()
+    if isinstance(at, torch.Tensor) and values.shape[1] < width:
+        whole = values.new_zeros(len(values), width, values.shape[-1])
+        whole[torch.arange(len(values), device=at.device), at] = values[:, 0]
+        values = whole
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,8 @@ def merged(model: Any, texts: dict[str, str], length: int) -> tuple[list[str], l
         texts: Query and text, or the one that the tower reads.
         length: Tokens of the input.
     """
+    if model.prompted:
+        return _merged_in_prompt(model, texts)
     maker = model.maker_of(tuple(texts))
     whole = [model.prepared(field, text) for field, text in texts.items()]
     parts = [_pieces(maker.tokenizer, text) for text in whole]
@@ -121,6 +124,26 @@ def merged(model: Any, texts: dict[str, str], length: int) -> tuple[list[str], l
         position = max(position, maker.fill.length)
     if position != length:
         raise ValueError(f'{model!r}: its tokenizer gives {position} tokens for an input of {length}')
+    return words, starts
+
+
+def _merged_in_prompt(model: Any, texts: dict[str, str]) -> tuple[list[str], list[int]]:
+    """As `merged`: the tokens of a prompt are words of their own."""
+    values = {field: [text] for field, text in texts.items()}
+    parts, words_of = model.parts(values, tuple(values)), model.words_of(values)
+    words: list[str] = []
+    starts: list[int] = []
+    position = 0
+    for field, ids in zip([field for field, _ in parts], model.maker.cut([ids for _, ids in parts]), strict=True):
+        tokens = ids.row(0).tolist()
+        owners = list(words_of[field][0].owners) if field else list(range(len(tokens)))
+        for _, of_word in groupby(range(len(tokens)), owners.__getitem__):
+            some = list(of_word)
+            starts.append(position + some[0])
+            word = [tokens[token] for token in some]
+            joined = model.maker.tokenizer.decode(word).strip()
+            words.append(joined or model.maker.tokenizer.convert_ids_to_tokens(word[0]))
+        position += len(tokens)
     return words, starts
 
 

@@ -16,7 +16,7 @@ import torch
 
 from pyterrier_mech.circuits.attention import ALIGNED, aligned_column, check_plain, in_parts, inputs_of, versions_of
 from pyterrier_mech.frames import with_columns
-from pyterrier_mech.inputs.alignment import LITERATURE, MASK_FILLER
+from pyterrier_mech.inputs.alignment import LITERATURE, MASK_FILLER, PROMPT
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.engine import traced
@@ -60,6 +60,8 @@ class AttentionShares(Keeping, ModelStage):
     `query_same` and `doc_same` (the word that was put in, elsewhere in the query or in the document), `query_other`,
     `doc_query` (another query word in the document), `doc_other`, `cls`, `sep_first`, `sep_last`. They are NaN where a
     row has no such token, or where the versions cannot be aligned; `attention_aligned` says why.
+
+    The tokens of a prompt around query and document count as separators, all of them as `to_sep.first`.
 
     A bi-encoder reads query and document apart. Each sequence has shares of its own, which sum to one, and names say
     which: `attention.text.document_to_document`, `attention.query.to_cls`, `repeated.text`.
@@ -175,7 +177,7 @@ class _Everything:
     def places(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Groups are query, document, CLS and separators; parts are same words and same pieces."""
         tower = self.inputs.towers[self.tower]
-        kinds = np.asarray([_group(kind) for kind in tower.types(row, inserted=False, scheme='literature')])
+        kinds = np.asarray([_group(_plain(kind)) for kind in tower.types(row, inserted=False, scheme='literature')])
         assert tower.words is not None
         words = np.asarray(tower.words.of(tower, row), dtype=object)
         owners, _ = pd.factorize(pd.Series(tower.words.instances(tower, row), dtype=object))
@@ -220,7 +222,7 @@ class _Edits:
     def places(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Groups are types of tokens; there are no parts."""
         tower = self.inputs.towers[self.tower]
-        kinds = np.asarray(tower.types(row, scheme='literature'), dtype=object)
+        kinds = np.asarray([_plain(kind) for kind in tower.types(row, scheme='literature')], dtype=object)
         kinds[tower.changed(row)] = _INJECTED
         _, shown, _ = tower.arrays(np.asarray([row]), PERTURBED)
         kinds[shown[0] == 0] = ''
@@ -316,6 +318,11 @@ def _edit_groups(fields: Sequence[str]) -> list[str]:
     absent = [start for field, start in (('query', 'query_'), ('text', 'doc_')) if field not in fields]
     kinds = [kind for kind in LITERATURE if kind != 'inserted' and not kind.startswith(tuple(absent))]
     return [_INJECTED, *kinds]
+
+
+def _plain(kind: str) -> str:
+    """Returns a type; what stands around texts in a prompt counts as a separator."""
+    return 'sep_first' if kind == PROMPT else kind
 
 
 def _group(kind: str) -> str:

@@ -147,7 +147,9 @@ class _Pass:
         self.device = ranker.map.device
         self.batch_size = batch_size
         queries, texts = strings(frame, 'query', ranker), strings(frame, ranker.text_field, ranker)
-        lengths = ranker.tokenize('query', queries).lengths + ranker.tokenize('text', texts).lengths
+        values = {'query': queries, 'text': texts}
+        parts = [part for tower in ranker.towers for _, part in ranker.parts(values, tower)]
+        lengths = np.sum([part.lengths for part in parts], axis=0)
         order = np.argsort(-lengths, kind='stable')
         step = batch_size or len(frame)
         self.batches = [

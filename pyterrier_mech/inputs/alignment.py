@@ -23,9 +23,13 @@ TRUNCATED = 'edit truncated away'
 UNALIGNED = 'no alignment'
 FILLER = 'edit equals the filler'
 HIDDEN = 'the first token, which is read, is hidden'
+HIDDEN_LAST = 'the last token, which is read, is hidden'
 
 TYPES = ('cls', 'query', 'sep', 'doc_match', 'doc_other', 'inserted')
 """Types of positions."""
+
+PROMPT = 'prompt'
+"""The type of a prompt's tokens, of rankers that have one."""
 
 LITERATURE = (
     'cls',
@@ -47,6 +51,12 @@ Source: Chen, Merullo, Eickhoff, SIGIR 2024, arXiv 2405.02503; Lu, Chen, Eickhof
 SCHEMES = {'basic': TYPES, 'literature': LITERATURE}
 """Ways to divide positions into types."""
 
+
+def types_of(model: Any, scheme: str) -> tuple[str, ...]:
+    """Returns the types of a scheme that positions of a ranker may have."""
+    return (*SCHEMES[scheme], PROMPT) if model.prompted else SCHEMES[scheme]
+
+
 _Cell = tuple[str, int | None, int | None]
 _SAME, _REPLACED, _INSERTED, _DELETED = 'same', 'replaced', 'inserted', 'deleted'
 
@@ -62,8 +72,8 @@ class Alignment:
         original_mask: `TOKEN` or `FILLED` where the original input has one, else 0 [tokens].
         perturbed_mask: The same for the perturbed input.
         changes: For every position 'same', 'replaced', 'inserted' (the perturbed input has more) or 'deleted'.
-        plain_types: For every position 'cls', 'sep', 'query', 'doc_match' (a document token that occurs in the query)
-            or 'doc_other', whether it was inserted or not.
+        plain_types: For every position 'cls', 'sep', 'prompt', 'query', 'doc_match' (a document token that occurs in
+            the query) or 'doc_other', whether it was inserted or not.
         problem: Why the pair cannot be patched, or ''.
     """
 
@@ -92,7 +102,7 @@ class Alignment:
         seen = {'query': [0, 0], 'text': [0, 0]}
         places: list[Placed] = []
         for change, kind in zip(self.changes, self.plain_types, strict=True):
-            if kind in ('cls', 'sep'):
+            if kind in ('cls', 'sep', PROMPT):
                 places.append(('', None, None))
                 continue
             field = 'query' if kind == 'query' else 'text'
@@ -160,7 +170,7 @@ class Aligner:
         Args:
             original: Token ids of each part (query and text, or one of them) of the original, no special tokens.
             perturbed: The same for the perturbed input.
-            fields: What the parts are, 'query' or 'text'.
+            fields: What the parts are, 'query' or 'text', or '' for a part of a prompt.
             query: Token ids that count as query terms where the query is not one of the parts.
         """
         room = self.maker.max_length
@@ -242,8 +252,8 @@ class Aligner:
 
 
 def _type(cell: _Cell, field: str, in_query: set[int]) -> str:
-    if field == 'query':
-        return 'query'
+    if field != 'text':
+        return field or PROMPT
     _, a, b = cell
     return 'doc_match' if (a if b is None else b) in in_query else 'doc_other'
 

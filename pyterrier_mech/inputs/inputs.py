@@ -6,17 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from pyterrier_mech.anatomy.model import Batch, first_position
-from pyterrier_mech.anatomy.readouts import FirstToken
+from pyterrier_mech.anatomy.readouts import FirstToken, LastToken
 from pyterrier_mech.frames import Fields
-from pyterrier_mech.inputs.alignment import HIDDEN, MASK_FILLER, SCHEMES, UNALIGNED, UNCHANGED, Aligner, Alignment
+from pyterrier_mech.inputs.alignment import (
+    HIDDEN,
+    HIDDEN_LAST,
+    MASK_FILLER,
+    PROMPT,
+    SCHEMES,
+    UNALIGNED,
+    UNCHANGED,
+    Aligner,
+    Alignment,
+)
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
 from pyterrier_mech.inputs.words import Placed, RowWords
 
 ORIGINAL, PERTURBED = 'original', 'perturbed'
+# Which token a read-out reads, and what is said where one version hides it.
+_READ = {FirstToken: (0, HIDDEN), LastToken: (-1, HIDDEN_LAST)}
 
 
 class PlainTower:
@@ -54,8 +65,8 @@ class PlainTower:
         query = set(self.query.row(row).tolist())
         template = self.maker.template(len(self.parts))
         parts = [
-            ['query'] * int(part.lengths[row])
-            if field == 'query'
+            [field or PROMPT] * int(part.lengths[row])
+            if field != 'text'
             else ['doc_match' if token in query else 'doc_other' for token in part.row(row).tolist()]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
@@ -65,7 +76,7 @@ class PlainTower:
         """Returns field and token of every position of a row, twice the same."""
         template = self.maker.template(len(self.parts))
         parts: list[list[Placed]] = [
-            [(field, token, token) for token in range(int(part.lengths[row]))]
+            [(field, token, token) if field else ('', None, None) for token in range(int(part.lengths[row]))]
             for field, part in zip(self.fields, self.parts, strict=True)
         ]
         special: Placed = ('', None, None)
@@ -168,35 +179,41 @@ class Inputs:
             ValueError: If they differ in number.
         """
         values = checked_rows(queries, texts)
-        ids = {field: model.tokenize(field, values[field]) for field in values}
-        query = ids['query'] if types else None
+        parts = [model.parts(values, tower) for tower in model.towers]
+        query = _query(parts) if types else None
         towers = [
-            PlainTower(model.maker_of(tower), [ids[field] for field in tower], tower, query) for tower in model.towers
+            PlainTower(model.maker_of(fields), *_split(tower), query)
+            for fields, tower in zip(model.towers, parts, strict=True)
         ]
         return cls(model, towers, [''] * len(values['query']), [values] if types else [])
 
     @classmethod
     def of_field(cls, model: Any, field: str, texts: Sequence[str]) -> Inputs:
         """Makes the inputs of the tower of a bi-encoder that reads one field alone."""
-        tower = PlainTower(model.maker_of((field,)), [model.tokenize(field, texts)], (field,), None)
-        return cls(model, [tower], [''] * len(texts))
+        parts = model.parts({field: texts}, (field,))
+        return cls(model, [PlainTower(model.maker_of((field,)), *_split(parts), None)], [''] * len(texts))
 
     @classmethod
     def pairs(cls, model: Any, original: Fields, perturbed: Fields, filler: str | None) -> Inputs:
         """Makes the inputs of two versions, aligned so that they are equally long; see `Aligner`."""
-        aligners = {tower: Aligner(model.maker_of(tower), filler) for tower in model.towers}
-        ids = [{field: model.tokenize(field, texts[field]) for field in texts} for texts in (original, perturbed)]
+        aligners = [Aligner(model.maker_of(tower), filler) for tower in model.towers]
+        sides = [[model.parts(texts, tower) for tower in model.towers] for texts in (original, perturbed)]
+        query = _query(sides[1])
 
-        def align(tower: tuple[str, ...], row: int) -> Alignment:
-            before, after = ([side[field].row(row) for field in tower] for side in ids)
-            return aligners[tower].align(before, after, tower, query=ids[1]['query'].row(row))
+        def align(tower: int, row: int) -> Alignment:
+            before, after = ([ids.row(row) for _, ids in side[tower]] for side in sides)
+            fields = [field for field, _ in sides[0][tower]]
+            return aligners[tower].align(before, after, fields, query=query.row(row))
 
-        aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in model.towers]
+        aligned = [[align(tower, row) for row in range(len(original['text']))] for tower in range(len(model.towers))]
         problems = [_problem([one.problem for one in rows]) for rows in zip(*aligned, strict=True)]
-        if filler == MASK_FILLER and isinstance(model.readout, FirstToken):
+        place, hidden = _READ.get(type(model.readout), (0, ''))
+        if filler == MASK_FILLER and hidden:
             for row, ones in enumerate(zip(*aligned, strict=True)):
-                if not problems[row] and not all(one.original_mask[0] and one.perturbed_mask[0] for one in ones):
-                    problems[row] = HIDDEN
+                if not problems[row] and not all(
+                    one.original_mask[place] and one.perturbed_mask[place] for one in ones
+                ):
+                    problems[row] = hidden
         pad = model.maker.pad_id
         towers = [AlignedTower(rows, fields, pad) for rows, fields in zip(aligned, model.towers, strict=True)]
         return cls(model, towers, problems, [original, perturbed])
@@ -241,33 +258,14 @@ class Inputs:
             tower: Which tower.
             rows: Which rows.
             inserted: Whether what was inserted has a type of its own, or is what it is.
-            scheme: One of `SCHEMES`.
+            scheme: One of `SCHEMES`; the place behind its types is that of a prompt.
 
         Raises:
             ValueError: If there is no such scheme, or the inputs were made without types.
         """
-        places = {name: place for place, name in enumerate(SCHEMES.get(scheme, ()))}
+        places = {name: place for place, name in enumerate((*SCHEMES.get(scheme, ()), PROMPT))}
         names = [self.towers[tower].types(row, inserted, scheme) for row in rows]
         return _padded([[places[name] for name in row] for row in names], -1)
-
-
-_ALIGNED = ['qid', 'docno', 'position', 'original', 'perturbed', 'change', 'type', 'patchable']
-
-
-def aligned_frame(inputs: Inputs | None, frame: pd.DataFrame) -> pd.DataFrame:
-    """Returns how the two versions of every row of a frame stand side by side; see `Ranker.align`."""
-    if inputs is None:
-        return pd.DataFrame(columns=_ALIGNED, index=frame.index)
-    tokenizer, parts = inputs.model.maker.tokenizer, []
-    for row, problem in enumerate(inputs.problems):
-        towers = [tower.alignments[row] for tower in inputs.towers if isinstance(tower, AlignedTower)]
-        part = pd.concat([one.to_frame(tokenizer) for one in towers], ignore_index=True)
-        if problem == UNALIGNED:
-            part[['perturbed', 'change']] = None
-        named = {name: frame[name].iloc[row] for name in ('qid', 'docno')}
-        parts.append(part.assign(**named, position=part.index, patchable=problem or 'yes'))
-    index = frame.index.repeat([len(part) for part in parts])
-    return pd.concat(parts)[_ALIGNED].set_axis(index, axis=0)
 
 
 def _fine_types(tower: Tower, row: int, inserted: bool, scheme: str) -> Sequence[str]:
@@ -306,6 +304,14 @@ def checked_texts(name: str, values: Any) -> list[str]:
         if not isinstance(value, str):
             raise TypeError(f'{name} must be strings; got {value!r} at position {row}: remove it, or give a text')
     return found
+
+
+def _split(parts: Sequence[tuple[str, Ragged]]) -> tuple[list[Ragged], list[str]]:
+    return [ids for _, ids in parts], [field for field, _ in parts]
+
+
+def _query(towers: Sequence[Sequence[tuple[str, Ragged]]]) -> Ragged:
+    return next(ids for parts in towers for field, ids in parts if field == 'query')
 
 
 def _padded(arrays: Sequence[Any], fill: int) -> np.ndarray:

@@ -5,13 +5,16 @@ The result is what the tokenizer's own pair encoding gives, special tokens, segm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
+
+from pyterrier_mech.frames import Fields
+from pyterrier_mech.inputs.words import Words, words_of
 
 _T = TypeVar('_T')
 
@@ -163,6 +166,19 @@ class InputMaker:
             verbose=False,
         )
         return Ragged.from_lists(encoded['input_ids']).take(rows)
+
+    def parts(self, values: Fields) -> list[tuple[str, Ragged]]:
+        """Returns field and ids of each part of all rows, from the texts of the fields of a tower."""
+        return [(field, self.tokenize(texts)) for field, texts in values.items()]
+
+    def words(self, values: Fields, prompts: Mapping[str, str]) -> dict[str, list[Words]]:
+        """Returns the words of the texts of all fields, token by token.
+
+        Args:
+            values: The texts of every field, with what is put before them.
+            prompts: What is put before them.
+        """
+        return {field: words_of(self.tokenizer, texts, len(prompts[field])) for field, texts in values.items()}
 
     def cut(self, parts: Sequence[Ragged]) -> list[Ragged]:
         """Truncates the parts of every row as the tokenizer would."""

@@ -67,13 +67,7 @@ class RowWords:
 
     @cached_property
     def _words(self) -> list[dict[str, list[Words]]]:
-        return [
-            {field: words_of(self.model.maker.tokenizer, *self._prepared(field, texts)) for field, texts in one.items()}
-            for one in self.versions
-        ]
-
-    def _prepared(self, field: str, texts: Sequence[str]) -> tuple[list[str], int]:
-        return [self.model.prepared(field, text) for text in texts], len(self.model.prepared(field, ''))
+        return [self.model.words_of(one) for one in self.versions]
 
     def of(self, tower: Tower, row: int) -> list[str]:
         """Returns the word of every position of a row in the last version; '' where there is none."""
@@ -115,7 +109,7 @@ class RowWords:
         for place, (kind, (field, before, _), word) in enumerate(zip(basic, tower.placed(row), words, strict=True)):
             if kind == 'sep':
                 types.append('sep_last' if place == last_separator else 'sep_first')
-            elif kind in ('cls', 'inserted'):
+            elif kind in ('cls', 'inserted', 'prompt'):
                 types.append(kind)
             else:
                 # What only the original has is one of its words.
@@ -152,11 +146,15 @@ def words_of(tokenizer: Any, texts: Sequence[str], prompt: int = 0) -> list[Word
         return_offsets_mapping=True,
         verbose=False,
     )
-    found = [_words(text, encoded['offset_mapping'][i], encoded.word_ids(i), prompt) for i, text in enumerate(distinct)]
+    found = [
+        grouped_words(text, encoded['offset_mapping'][i], encoded.word_ids(i), prompt)
+        for i, text in enumerate(distinct)
+    ]
     return [found[row] for row in rows]
 
 
-def _words(text: str, offsets: Sequence[tuple[int, int]], ids: Sequence[int | None], prompt: int) -> Words:
+def grouped_words(text: str, offsets: Sequence[tuple[int, int]], ids: Sequence[int | None], prompt: int) -> Words:
+    """Returns the words of some tokens of a text, from where they stand in it and the tokenizer's own words."""
     owners: list[int] = []
     names: list[str] = []
     for word in _grouped(text, offsets, ids):

@@ -115,7 +115,7 @@ class AblateHeads(Keeping, Ablation):
             engine = engine_for(model)
 
             def vectors(tower: int, rows: np.ndarray) -> torch.Tensor:
-                base = traced(model.map, inputs, tower, rows)
+                base = traced(model.map, inputs, tower, rows, kinds=engine.recorded([HEADS]))
                 original = model.readout.represent(base.hidden, base.batch.scored)[None]
                 if not heads:
                     return original

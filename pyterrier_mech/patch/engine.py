@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from pyterrier_mech.anatomy.model import ModelMap, Run, Values
+from pyterrier_mech.anatomy.readouts import Readout
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.hooked import Hooked
+from pyterrier_mech.patch.suffix import resumed
 from pyterrier_mech.patch.variants import Received, Variant, changing
 from pyterrier_mech.patch.wavefront import Wavefront
 from pyterrier_mech.units import HEADS, Site
@@ -87,11 +89,29 @@ def traced(
 
 
 def traced_sides(
-    model: ModelMap, inputs: Inputs, tower: int, rows: np.ndarray, kinds: Sequence[str] = (HEADS,)
+    model: ModelMap,
+    inputs: Inputs,
+    tower: int,
+    rows: np.ndarray,
+    kinds: Sequence[str] = (HEADS,),
+    causal: Readout | None = None,
 ) -> tuple[Run, Run]:
-    """As `traced`, both sides at once; returns the original and the perturbed run."""
+    """As `traced`, both sides; returns the original and the perturbed run.
+
+    Args:
+        model: The map.
+        inputs: Aligned pairs.
+        tower: Which tower.
+        rows: Which rows.
+        kinds: Sites to record.
+        causal: What is read of a causal model whose parts may be computed with; None for any other.
+    """
     sides = [inputs.batch(tower, rows, side) for side in (ORIGINAL, PERTURBED)]
     record = _sites(model, kinds)
+    if causal is not None and sides[0].tensors.keys() == sides[1].tensors.keys():
+        original = model.run(sides[0], record=record, contexts=True)
+        if (perturbed := resumed(model, causal, original, sides[1])) is not None:
+            return original, perturbed
     if sides[0].tensors.keys() != sides[1].tensors.keys():
         # Only one side hides positions; the other keeps the numbers that the model gives by itself.
         original, perturbed = (model.run(side, record=record, contexts=True) for side in sides)

@@ -35,7 +35,8 @@ class PatchHeads(Sweep):
         heads: The heads to patch, as `Units.of` accepts them: names ('L3H7'), (layer, head), `Units`, a circuit; by
             default all.
         site: 'z', the output of the head; 'q', 'k' or 'v', its queries, keys or values, as the linear maps give them
-            (before rotary positions); 'pattern', its attention weights, where a position is the one that looks.
+            (before rotary positions and norms); 'pattern', its attention weights, where a position is the one that
+            looks. Where heads share keys and values, `L2H1.k` is key-value head 1 of the layer, of all its heads.
         by: None, all positions together; 'token_type', all of a kind of token together, as in `PatchLayers`;
             'position', one at a time. These take a run for every kind or position: choose some `heads`.
         types: 'basic' or 'literature'; see `PatchLayers`.
@@ -67,4 +68,12 @@ class PatchHeads(Sweep):
 
     def _places(self) -> list[Part]:
         kind = HEADS if self.site == 'z' else self.site
-        return [Part(site._replace(kind=kind), number) for site, number in self.chosen('heads')]
+        counts, heads = self.model.counts(kind), self.model.counts(HEADS)
+        if all(counts[site._replace(kind=kind)] == count for site, count in heads.items()):
+            return [Part(site._replace(kind=kind), number) for site, number in self.chosen('heads')]
+        if self.heads is not None:
+            raise ValueError(
+                f'heads of {self.model!r} share their keys and values, so site={self.site!r} cannot be patched for '
+                'some heads alone: leave heads=None, which patches every key-value head'
+            )
+        return [Part(site, number) for site, count in counts.items() for number in range(count)]

@@ -14,6 +14,7 @@ from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.patch.engine import Engine, engine_for, traced_sides
 from pyterrier_mech.patch.variants import PATTERN, with_patterns
+from pyterrier_mech.patch.wavefront import Wavefront
 from pyterrier_mech.provenance import Analysis, noted
 from pyterrier_mech.stage import Keeping, ModelStage, choice
 from pyterrier_mech.units import Site
@@ -60,7 +61,8 @@ class Patching(Keeping, ModelStage):
         The runs have what the engine needs so that the sites can be patched.
         """
         model, kinds = self.model, list(dict.fromkeys(site.kind for site in sites))
-        runs = traced_sides(model.map, inputs, tower, rows, engine.recorded(kinds))
+        causal = model.readout if isinstance(engine, Wavefront) and model.map.family.causal else None
+        runs = traced_sides(model.map, inputs, tower, rows, engine.recorded(kinds), causal)
         for run in runs:
             with_patterns(model.map, run, [site for site in sites if site.kind == PATTERN])
         both = torch.stack([model.readout.represent(run.hidden, run.batch.scored) for run in runs])

@@ -15,11 +15,13 @@ import torch
 from pyterrier_mech.anatomy.edits import Columns, columns_of, picking, put
 from pyterrier_mech.anatomy.model import Edit, Values
 from pyterrier_mech.draws import generator
-from pyterrier_mech.inputs.alignment import TYPES
+from pyterrier_mech.inputs.alignment import PROMPT
+from pyterrier_mech.inputs.alignment import TYPES as TEXT_TYPES
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import Inputs
 from pyterrier_mech.units import Site, Units
 
+TYPES = (*TEXT_TYPES, PROMPT)
 VALUES = ('zero', 'mean', 'resample')
 
 Asked = Callable[[Site], torch.Tensor]

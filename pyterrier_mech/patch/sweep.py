@@ -12,7 +12,7 @@ import torch
 
 from pyterrier_mech.anatomy.model import Run
 from pyterrier_mech.frames import Fields, two_versions, with_columns
-from pyterrier_mech.inputs.alignment import SCHEMES
+from pyterrier_mech.inputs.alignment import SCHEMES, types_of
 from pyterrier_mech.inputs.inputs import PERTURBED, Inputs
 from pyterrier_mech.patch.engine import Engine, patched
 from pyterrier_mech.patch.pairs import no_pairs, pair_columns, started
@@ -70,7 +70,7 @@ class Sweep(Patching):
         return with_columns(inp, columns, self._analysis(listed, positions=str(self.by), types=self.types))
 
     def _parts(self) -> list[Part]:
-        types = SCHEMES[self.types] if self.by == 'token_type' else ('',)
+        types = types_of(self.model, self.types) if self.by == 'token_type' else ('',)
         return [place._replace(type=kind) for place in self._places() for kind in types]
 
     # -- types, or everything
@@ -83,7 +83,7 @@ class Sweep(Patching):
             if self.by is None:
                 return [Variant(site, unit) for site, unit, _ in parts]
             types = torch.from_numpy(inputs.types(tower, rows, scheme=self.types)).to(self.model.map.device)
-            where = {kind: types == place for place, kind in enumerate(SCHEMES[self.types])}
+            where = {kind: types == place for place, kind in enumerate(types_of(self.model, self.types))}
             return [Variant(site, unit, where[kind]) for site, unit, kind in parts]
 
         def step(engine: Engine, rows: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,23 +82,25 @@ def with_patterns(model: ModelMap, run: Run, sites: Sequence[Site]) -> None:
     """Adds the attention weights [pairs, heads, tokens, tokens] of some layers to a run with queries and keys."""
     for site in sites:
         layer, context = model.layers[site.layer], run.contexts[site.layer]
-        q, k = (layer.split(run.values[Site(kind, site.layer)]) for kind in ('q', 'k'))
-        q, k = (layer.rotated(part, context.rotary) for part in (q, k))
-        run.values[site] = weights(q, k, context.mask).to(q.dtype)
+        q, k = (layer.turned(kind, layer.split(run.values[Site(kind, site.layer)]), context.rotary) for kind in 'qk')
+        run.values[site] = weights(q, k, layer.mask(context, q.shape[2], q.device)).to(q.dtype)
 
 
 def changes(base: Run, targets: Values, layer: Layer, block: Sequence[Variant]) -> torch.Tensor:
-    """Returns how much the outputs of the patched heads change [variants, pairs, tokens, d_h]."""
+    """Returns how much the outputs of the patched heads change [variants, pairs, tokens, width].
+
+    The width is that of a head, or of all heads that share the patched keys or values.
+    """
     kind, index = block[0].site.kind, block[0].site.layer
     z = base.values[Site(HEADS, index)]
-    before = torch.stack([z[..., layer.columns(variant.unit or 0)] for variant in block])
+    before = torch.stack([z[..., layer.reach(kind, variant.unit or 0)] for variant in block])
     target = torch.stack([target_of(variant, targets, layer).expand(*z.shape[:2], -1) for variant in block])
     where = [variant.where for variant in block]
     if kind in PROJECTIONS:
         after = _attended(base, layer, block, target)
     elif kind == PATTERN:
-        v = base.values[Site('v', index)]
-        after = target @ torch.stack([v[..., layer.columns(variant.unit or 0)] for variant in block])
+        v, shared = base.values[Site('v', index)], layer.n_heads // layer.n_heads_of('v')
+        after = target @ torch.stack([v[..., layer.columns((variant.unit or 0) // shared)] for variant in block])
     else:
         after = target
     change = after - before
@@ -111,22 +113,36 @@ def changes(base: Run, targets: Values, layer: Layer, block: Sequence[Variant]) 
 
 
 def _attended(base: Run, layer: Layer, block: Sequence[Variant], target: torch.Tensor) -> torch.Tensor:
-    """Returns head outputs with queries, keys or values replaced [variants, pairs, tokens, d_h]."""
+    """Returns head outputs with queries, keys or values replaced [variants, pairs, tokens, width]."""
     kind, index = block[0].site.kind, block[0].site.layer
-    count = len(block)
+    count, shared = len(block), layer.n_heads // layer.n_heads_of('k')
     parts = {}
     for name in PROJECTIONS:
-        value = base.values[Site(name, index)]
-        parts[name] = torch.stack([value[..., layer.columns(variant.unit or 0)] for variant in block])
+        value, columns = base.values[Site(name, index)], _heads_read(layer, kind, name, shared)
+        parts[name] = torch.stack([value[..., columns(variant.unit or 0)] for variant in block])
     for own, value, variant in zip(parts[kind], target, block, strict=True):
         own.copy_(value if variant.where is None else torch.where(variant.where.unsqueeze(-1), value, own))
     context = base.contexts[index].rows(lambda tensor: tensor.repeat(count, *[1] * (tensor.dim() - 1)))
-    q, k, v = (part.flatten(0, 1).unsqueeze(1) for part in parts.values())
-    z = attend(layer.rotated(q, context.rotary), layer.rotated(k, context.rotary), v, context.mask)
-    return z.squeeze(1).unflatten(0, (count, -1))
+    q, k, v = (layer.split(part.flatten(0, 1)) for part in parts.values())
+    q, k = layer.turned('q', q, context.rotary), layer.turned('k', k, context.rotary)
+    if context.past is not None:
+        groups = [variant.unit or 0 if kind != 'q' else (variant.unit or 0) // shared for variant in block]
+        k, v = (
+            torch.cat([past[:, groups].transpose(0, 1).flatten(0, 1).unsqueeze(1), own], dim=2)
+            for past, own in zip(context.past, (k, v), strict=True)
+        )
+    z = attend(q, k, v, layer.mask(context, q.shape[2], q.device))
+    return z.transpose(1, 2).flatten(2).unflatten(0, (count, -1))
 
 
-def into_stream(layer: Layer, per_head: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """Returns what changes of heads [variants, pairs, tokens, d_h] add to the attention output [..., d]."""
-    weight = torch.stack([layer.attention_out.weight[:, layer.columns(head)].T for head in heads])
+def _heads_read(layer: Layer, kind: str, name: str, shared: int) -> Callable[[int], slice]:
+    """Returns, for a head of a kind, which columns of queries, keys or values its attention is made of."""
+    if name == 'q' and kind != 'q':
+        return lambda unit: layer.reach(kind, unit)
+    return lambda unit: layer.columns(unit // shared if kind == 'q' and name != 'q' else unit)
+
+
+def into_stream(layer: Layer, per_head: torch.Tensor, kind: str, heads: Sequence[int]) -> torch.Tensor:
+    """Returns what changes of heads [variants, pairs, tokens, width] add to the attention output [..., d]."""
+    weight = torch.stack([layer.attention_out.weight[:, layer.reach(kind, head)].T for head in heads])
     return torch.bmm(per_head.flatten(1, 2), weight).view(*per_head.shape[:-1], -1)

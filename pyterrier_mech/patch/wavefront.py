@@ -2,8 +2,9 @@
 
 A variant that patches a head of layer l shares everything below l with the base run. It starts where its head writes:
 its attention output is the base run's plus the head's difference taken through the output projection. From there it
-joins the variants of earlier layers, which enter layer l + 1 with it. Where only the first token is read out, the
-last layer computes that token alone.
+joins the variants of earlier layers, which enter layer l + 1 with it. Where only one token is read out, the last layer
+computes that token alone; of a causal model, every layer computes the tokens behind the first difference: see
+`suffix`.
 
 The difference that starts a variant has the rank of one head, and a post-norm LayerNorm is affine once mean and
 variance are known. So the first feed-forward product of a starting variant is that of the base run plus a product of
@@ -21,6 +22,7 @@ import torch
 from pyterrier_mech.anatomy.layers import Context, Layer
 from pyterrier_mech.anatomy.model import ModelMap, Run, Values
 from pyterrier_mech.anatomy.readouts import Readout, picked
+from pyterrier_mech.patch.suffix import shortened
 from pyterrier_mech.patch.variants import PATTERN, PROJECTIONS, Received, Variant, changes, chunks, into_stream
 from pyterrier_mech.units import HEADS, Site
 
@@ -34,7 +36,7 @@ At = torch.Tensor | int | None
 
 
 class Wavefront:
-    """Patches sites of a plain encoder. Holds what depends on the weights alone, so keep one for many batches."""
+    """Patches sites of a plain model. Holds what depends on the weights alone, so keep one for many batches."""
 
     def __init__(self, model: ModelMap, readout: Readout):
         """Stores the map and what is read."""
@@ -44,18 +46,25 @@ class Wavefront:
 
     def recorded(self, kinds: Sequence[str]) -> list[str]:
         """See `Engine`."""
-        return [needed for kind in kinds for needed in _NEEDED.get(kind, (kind,))]
+        kept = ['k', 'v'] if self.map.family.causal else []
+        return [*kept, *(needed for kind in kinds for needed in _NEEDED.get(kind, (kind,)))]
 
     def vectors(self, base: Run, targets: Values, variants: Sequence[Variant], batch_tokens: int) -> torch.Tensor:
         """See `Engine`."""
+        if self.map.family.causal:
+            base, targets, variants, _ = shortened(self.map, self.readout, base, targets, variants)
         return torch.cat([self._chunk(base, targets, chunk) for chunk in chunks(base, variants, batch_tokens)])
 
     def frozen(
         self, base: Run, targets: Values, senders: Sequence[Variant], read: Sequence[Site], batch_tokens: int
     ) -> Iterator[Received]:
         """See `Engine`: no attention is computed, for what every head gives is known."""
+        suffix, whole = None, base
+        if self.map.family.causal:
+            base, targets, senders, suffix = shortened(self.map, self.readout, base, targets, senders)
         for chunk in chunks(base, senders, batch_tokens):
-            yield from self._frozen_chunk(base, targets, chunk, read)
+            for some, site, told in self._frozen_chunk(base, targets, chunk, read):
+                yield some, site, told if site is None or suffix is None else suffix.spread(told, whole.values[site])
 
     def _chunk(self, base: Run, targets: Values, variants: Sequence[Variant]) -> torch.Tensor:
         states, started = self._room(base, variants), 0
@@ -147,7 +156,7 @@ class Wavefront:
         if at is not None:
             x, z, per_head = picked(x, at), picked(z, at), torch.stack([picked(one, at) for one in per_head])
         heads = [variant.unit or 0 for variant in block]
-        moved = into_stream(layer, per_head, heads)
+        moved = into_stream(layer, per_head, block[0].site.kind, heads)
         if at is not None or layer.family.norm_first or layer.family.gated:
             return layer.after_attention(x, moved.add_(layer.attention_out(z)))
         if index not in self._folded:

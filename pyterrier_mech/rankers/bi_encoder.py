@@ -27,7 +27,7 @@ class BiEncoder(TwoTowers):
     Args:
         model: Hub name, local folder, or a loaded module (used as it is, where it is).
         tokenizer: A tokenizer or its name; by default the model's own.
-        pooling: 'cls' or 'mean' (over the tokens that are not padding).
+        pooling: 'cls', 'mean' (over the tokens that are not padding) or 'last' (the last of these, as in decoders).
         similarity: 'cosine' or 'dot'.
         normalize: Whether vectors are brought to length 1 first; by default as the model says, else not.
         query_prefix: Put before every query, e.g. 'query: '.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -11,19 +11,23 @@ import torch
 
 from pyterrier_mech.anatomy.model import ModelMap
 from pyterrier_mech.anatomy.readouts import READOUTS, Readout
-from pyterrier_mech.rankers.folders import stated_cross_encoder
+from pyterrier_mech.inputs.prompts import Prompt, PromptMaker
+from pyterrier_mech.inputs.tokens import InputMaker
+from pyterrier_mech.rankers.checks import check_unhooked
+from pyterrier_mech.rankers.folders import Stated, stated_cross_encoder
 from pyterrier_mech.rankers.ranker import Ranker
 from pyterrier_mech.stage import choice
 
 
 @dataclass(eq=False, repr=False)
 class CrossEncoder(Ranker):
-    """Re-ranks with a Hugging Face sequence classification model (BERT, ELECTRA, RoBERTa, DistilBERT, ModernBERT).
+    """Re-ranks with a Hugging Face sequence classification model: BERT, ModernBERT and others, or a decoder.
 
     **Input columns**: qid, query, docno, text. **Output columns**: the same with score and rank.
 
     Scores are raw logits, unless another `target` is chosen: everything that measures the score measures that, in its
-    unit. Texts are truncated as the tokenizer truncates pairs.
+    unit. Texts are truncated as the tokenizer truncates pairs. A decoder is read at its last token that is not the
+    padding token of its configuration.
 
     Args:
         model: Hub name, local folder, or a loaded module (used as it is, where it is).
@@ -32,6 +36,10 @@ class CrossEncoder(Ranker):
             logit a − logit b: the log-odds of a, where no other label counts.
         target: What the score is: 'logit', or 'probability': the sigmoid of the only logit, or the share that soft-max
             over all labels gives to `label`. Near 0 and 1 probabilities of different logits may round to one number.
+        query_prefix: Put before every query, e.g. 'query: '; by default as the model's folder states.
+        text_prefix: Put before every text.
+        template: For a decoder that reads both within a prompt: as of `CausalReranker`. Special tokens that the
+            tokenizer adds are then not added.
         text_field: Column that holds the text.
         max_length: Tokens of a pair, special tokens included; by default the model's own maximum.
         batch_tokens: Tokens of one batch, padding included; by default what suits the device.
@@ -51,8 +59,43 @@ class CrossEncoder(Ranker):
     _: KW_ONLY
     label: int | Sequence[int] | None = None
     target: str = choice(['logit', 'probability'])
+    query_prefix: str | None = None
+    text_prefix: str | None = None
+    template: str | Sequence[str] | None = None
 
     _read_stated = staticmethod(stated_cross_encoder)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether query and text are read within a prompt."""
+        return self.template is not None
+
+    def prepared(self, field: str, text: str) -> str:
+        """Returns what the tokenizer is given for a text of a field."""
+        return text if self.prompted else super().prepared(field, text)
+
+    def scored(self, fields: Sequence[str], ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """Returns 1 where a token may be read out: of a decoder, as Hugging Face does, by its id."""
+        pad = self.map.module.config.pad_token_id
+        return shown if pad is None or not self.map.family.causal else shown * (ids != pad)
+
+    def _stated(self) -> Stated:
+        stated = super()._stated()
+        query = stated.query_prompt if self.query_prefix is None else self.query_prefix
+        text = stated.text_prompt if self.text_prefix is None else self.text_prefix
+        return replace(stated, query_prompt=query, text_prompt=text)
+
+    def _maker(self, tokenizer: Any, longest: int) -> InputMaker:
+        if self.template is None:
+            return super()._maker(tokenizer, longest)
+        if not self.map.family.causal:
+            raise ValueError(
+                f'template is for decoders; {self.map.base.config.model_type!r} reads query and text as two parts: use '
+                'query_prefix= and text_prefix='
+            )
+        if self.query_prefix is not None or self.text_prefix is not None:
+            raise ValueError('give template=, or query_prefix= and text_prefix=, not both')
+        return PromptMaker(tokenizer, longest, Prompt.of(self.template))
 
     @property
     def readout(self) -> Readout:
@@ -67,12 +110,7 @@ class CrossEncoder(Ranker):
             ValueError: If label or target do not fit, or something acts on the whole module, whose own forward is not
                 called here.
         """
-        whole = vars(self.map.module)
-        if whole['_forward_hooks'] or whole['_forward_pre_hooks'] or ('forward' in whole and '_hf_hook' not in whole):
-            raise ValueError(
-                'hooks and forwards of the whole classification module are not run here: put them on its base_model, '
-                'or on the parts of its head'
-            )
+        check_unhooked(self.map.module, 'classification')
         chosen = self._chosen_labels()
         logits = self.map.family.classify(self.map.module, vectors[0])
         if self.target == 'logit' and len(chosen) == 1:

@@ -23,7 +23,13 @@ TRANSFORMER = (
     'sentence_bert_config.json',
     *(f'sentence_{family}_config.json' for family in ('roberta', 'distilbert', 'camembert', 'xlm-roberta')),
 )
-_TASKS = {'feature-extraction': 'last_hidden_state', 'sequence-classification': 'logits', 'fill-mask': 'logits'}
+_TASKS = {
+    'feature-extraction': 'last_hidden_state',
+    'sequence-classification': 'logits',
+    'text-generation': 'logits',
+    'fill-mask': 'logits',
+}
+_FORMATS = ('flat', 'structured')
 # Read here, or given by the task.
 _KNOWN = ('max_seq_length', 'do_lower_case', 'transformer_task', 'modality_config', 'module_output_name')
 # Arguments of the constructors stand in groups of their own, by a newer or older name.
@@ -33,15 +39,16 @@ _GROUPS = tuple(
 _LENGTH = 'model_max_length'
 # Without a part in the scores.
 _NEUTRAL = ('unpad_inputs', 'attn_implementation', 'dtype', 'torch_dtype', 'add_pooling_layer', 'trust_remote_code')
+LOGITS = 'LogitScore'
 PACKAGE = 'sentence_transformers.'
 _RANKERS = {
     'SentenceTransformer': 'BiEncoder',
-    'CrossEncoder': 'CrossEncoder',
+    'CrossEncoder': 'CrossEncoder or CausalReranker',
     'SparseEncoder': 'Splade',
     'MultiVectorEncoder': 'ColBERT',
     'ColBERT': 'ColBERT',
 }
-_OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean'}
+_OLD_POOLINGS = {'pooling_mode_cls_token': 'cls', 'pooling_mode_mean_tokens': 'mean', 'pooling_mode_lasttoken': 'last'}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ class Stated:
         lower_case: Whether texts are lower-cased before they are tokenised.
         max_length: Tokens of a sequence, special tokens included; None where only tokenizer and model say it.
         unused_prompt: A prompt for passages that sentence-transformers does not use.
+        unused_query_prompts: Prompts of other names, where none is for queries.
+        template: The prompt around query and text, in pieces; empty where none is stated.
+        words: Whose logits a causal re-ranker compares: words, or token ids.
     """
 
     query_prompt: str = ''
@@ -71,6 +81,9 @@ class Stated:
     lower_case: bool = False
     max_length: int | None = None
     unused_prompt: str = ''
+    unused_query_prompts: tuple[str, ...] = ()
+    template: tuple[str, ...] = ()
+    words: tuple[str | int, ...] = ()
 
     def given(self, **settings: Any) -> Stated:
         """Returns these with a user's own settings, where not None, and checks that all can be applied.
@@ -87,6 +100,13 @@ class Stated:
         if chosen.similarity not in SIMILARITIES:
             raise ValueError(f'similarity must be one of {SIMILARITIES}; got {chosen.similarity!r}')
         self.check_prompts(settings)
+        # Encoders with prompts for tasks are trained with one for queries too; decoders are not always.
+        if chosen.pooling == 'last' and self.unused_query_prompts and settings.get('query_prompt') is None:
+            raise ValueError(
+                f'the model has prompts {self.unused_query_prompts}, of which none is named "query", so that '
+                'sentence-transformers puts none before queries unless it is told: say which you mean with '
+                "query_prefix='…' or query_prefix=''"
+            )
         if not chosen.include_prompt and chosen.pooling == 'cls' and (chosen.query_prompt or chosen.text_prompt):
             raise ValueError(
                 "include_prompt=False with pooling='cls' makes the first token after the prompt the vector, which "
@@ -177,6 +197,7 @@ def stated_bi_encoder(name: str) -> Stated:
         transformer_of(name, 'feature-extraction'),
         query_prompt=prompts['query'],
         text_prompt=prompts['document'],
+        unused_query_prompts=() if prompts['query'] else _other_prompts(prompts, settings),
         unused_prompt='' if prompts['document'] else prompts.get('passage') or prompts.get('corpus') or '',
         pooling=_pooling(pooling),
         include_prompt=pooling.get('include_prompt', True),
@@ -197,11 +218,17 @@ def stated_cross_encoder(name: str) -> Stated:
         return transformer_of(name, 'sequence-classification')
     settings, kinds = settings_of(name, 'CrossEncoder'), kinds_of(name, modules)
     if kinds != ['Transformer']:
-        raise ValueError(
-            f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. Use such a model'
-        )
+        way = 'Use CausalReranker' if kinds == ['Transformer', LOGITS] else 'Use such a model'
+        raise ValueError(f'{name!r} is made of {", ".join(kinds)}; CrossEncoder must have a Transformer alone. {way}')
     prompt = prompts_of(name, settings)[settings.get('default_prompt_name') or '']
     return replace(transformer_of(name, 'sequence-classification'), query_prompt=prompt)
+
+
+def _other_prompts(prompts: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of prompts that may be meant for queries."""
+    known = ('query', 'document', 'passage', 'corpus')
+    named = tuple(role for role, prompt in prompts.items() if prompt and role not in known)
+    return () if settings.get('default_prompt_name') else named
 
 
 def transformer_of(name: str, task: str, known: tuple[str, ...] = ()) -> Stated:
@@ -211,8 +238,11 @@ def transformer_of(name: str, task: str, known: tuple[str, ...] = ()) -> Stated:
         ValueError: If it states something that is not done here.
     """
     config: dict[str, Any] = next(filter(None, (read(name, file, dict) for file in TRANSFORMER)), {})
-    expected = {'text': {'method': 'forward', 'method_output_name': _TASKS[task]}}
-    if config.get('transformer_task', task) != task or config.get('modality_config', expected) != expected:
+    text = {'method': 'forward', 'method_output_name': _TASKS[task]}
+    expected: list[dict[str, Any]] = [{'text': text}]
+    if task == 'text-generation':
+        expected += [{'text': text, 'message': {**text, 'format': kind}} for kind in _FORMATS]
+    if config.get('transformer_task', task) != task or config.get('modality_config', expected[0]) not in expected:
         raise ValueError(
             f'{TRANSFORMER[0]} of {name!r} must state the task {task!r} with text alone; got '
             f'{config.get("transformer_task")!r}, {config.get("modality_config")!r}'
@@ -277,6 +307,8 @@ def _pooling(config: Mapping[str, Any]) -> str:
     if modes is None:
         on = [key for key, value in config.items() if key.startswith('pooling_mode_') and value]
         modes = [_OLD_POOLINGS.get(key, key) for key in on] or 'mean'
+    if modes in ('lasttoken', ['lasttoken']):
+        return 'last'
     return modes if isinstance(modes, str) else '+'.join(modes)
 
 

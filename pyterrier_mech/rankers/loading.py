@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,8 +23,9 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from pyterrier_mech.anatomy.families import family_of
+from pyterrier_mech.anatomy.families import family_of, known_types
 from pyterrier_mech.anatomy.resizing import keep_units
+from pyterrier_mech.rankers.checks import check_own_code
 from pyterrier_mech.units import KINDS
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat16', 'float16')} | {
@@ -31,6 +33,11 @@ DTYPES = {name: getattr(torch, name) for name in ('float32', 'float64', 'bfloat1
 }
 
 
+_OTHER_RANKER = {
+    False: 'It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.',
+    True: 'It has no head for classes: use CausalReranker for a score from words, BiEncoder for vectors, or a '
+    'fine-tuned checkpoint.',
+}
 ADAPTER = 'adapter_config.json'
 PRUNED = 'pruned.json'
 WEIGHTS, _OLD_WEIGHTS = 'model.safetensors', 'pytorch_model.bin'
@@ -115,9 +122,15 @@ def load_config(name: str) -> Any:
 
 
 def load_module(
-    name: str, *, classifier: bool, dtype: torch.dtype, device: torch.device, masked: bool = False
+    name: str,
+    *,
+    classifier: bool = False,
+    causal: bool = False,
+    masked: bool = False,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
-    """Loads an encoder, with its head for classification or for masked tokens if asked for, in evaluation mode.
+    """Loads a model in evaluation mode, with its head for classes, next words or masked tokens where asked for.
 
     A folder or repository with a file `PRUNED` is loaded at its own smaller sizes.
 
@@ -127,16 +140,21 @@ def load_module(
             layers fewer than the checkpoint has, are never returned.
     """
     config = load_config(name)
-    family_of(config.model_type)
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForMaskedLM if masked else AutoModel
+    check_own_code(name, config)
+    heads = [AutoModelForSequenceClassification] * classifier + [AutoModelForCausalLM] * causal
+    auto: Any = [*heads, *[AutoModelForMaskedLM] * masked, AutoModel][0]
+    made = [kind for kind in config.architectures or [] if kind.endswith('ForSequenceClassification')]
+    if causal and made:
+        raise ValueError(f'{name!r} is a {made[0]}, which has a score for a class and none for words: use CrossEncoder')
     if (counts := kept_counts(name)) is not None:
         return _load_pruned(name, auto, config, counts, dtype).to(device).eval()
-    module, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    loaded: Any = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    module, info = loaded
     # A pooler that the checkpoint lacks is read by no bi-encoder.
-    if missing := [key for key in info['missing_keys'] if classifier or masked or 'pooler' not in key]:
+    if missing := [key for key in info['missing_keys'] if auto is not AutoModel or 'pooler' not in key]:
         raise ValueError(
             f'the checkpoint {name!r} has no weights for {", ".join(sorted(missing))}, so they would be random. '
-            + ('It is no cross-encoder: use BiEncoder, or a fine-tuned checkpoint.' if classifier else '')
+            + (_OTHER_RANKER[family_of(config.model_type).causal] if classifier else '')
             + ('It is no masked language model: use BiEncoder, or a fine-tuned checkpoint.' if masked else '')
         )
     if unused := sorted(key for key in info['unexpected_keys'] if _has_place(key, module)):
@@ -278,7 +296,9 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str, *, pairs: bool = Fal
             f'the tokenizer of {name!r} has ids up to {last}, the model embeddings for ids up to {rows - 1}: give the '
             "model's own tokenizer, or call resize_token_embeddings before training"
         )
-    for side in ('truncation_side', 'padding_side'):
+    # To a decoder it is the same at which side rows are filled up, which is always done at the right here.
+    causal = config.model_type in known_types(lambda family: family.causal)
+    for side in ('truncation_side',) if causal else ('truncation_side', 'padding_side'):
         if getattr(tokenizer, side) != 'right':
             raise ValueError(
                 f"{side} of the tokenizer of {name!r} must be 'right'; got {getattr(tokenizer, side)!r}. If that is "

@@ -17,12 +17,14 @@ import torch
 
 from pyterrier_mech.anatomy.model import Edit, ModelMap, first_position
 from pyterrier_mech.anatomy.readouts import Readout
-from pyterrier_mech.frames import texts_of, two_versions
+from pyterrier_mech.frames import Fields, texts_of
 from pyterrier_mech.inputs.batching import Budget, collected, default_budget
-from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs, aligned_frame
+from pyterrier_mech.inputs.inputs import ORIGINAL, Inputs
 from pyterrier_mech.inputs.tokens import InputMaker, Ragged
+from pyterrier_mech.inputs.words import Words
 from pyterrier_mech.provenance import with_seen
 from pyterrier_mech.rankers import loading
+from pyterrier_mech.rankers.aligned import aligned
 from pyterrier_mech.rankers.folders import Stated
 from pyterrier_mech.rankers.modes import evaluating, tf32
 from pyterrier_mech.stage import Stage
@@ -110,8 +112,7 @@ class Ranker(Stage):
             stands there. The index is that of the frame. The positions of a bi-encoder's query come first, as in the
             arrays of `PatchLayers`.
         """
-        versions = two_versions(frame, self, self.text_field)
-        return aligned_frame(Inputs.pairs(self, *versions, filler) if len(frame) else None, frame)
+        return aligned(self, frame, filler)
 
     # -- the handle
 
@@ -161,7 +162,10 @@ class Ranker(Stage):
         """
         if kind != NEURONS and self._by_name and 'map' not in self.__dict__.get('_kept', ({}, {}))[1]:
             config, kept = loading.load_config(self._name), loading.kept_counts(self._name)
-            counts = kept[0] if kept is not None else [config.num_attention_heads] * config.num_hidden_layers
+            heads = config.num_attention_heads
+            if kind in ('k', 'v'):
+                heads = getattr(config, 'num_key_value_heads', None) or heads
+            counts = kept[0] if kept is not None else [heads] * config.num_hidden_layers
             return {Site(kind, layer): count for layer, count in enumerate(counts)}
         return self.map.counts(kind)
 
@@ -184,13 +188,26 @@ class Ranker(Stage):
     def read(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns scores [...] from what was read out of every tower, [..., d] or more; shapes are broadcast."""
 
-    def tokenize(self, field: str, texts: Sequence[str]) -> Ragged:
-        """Returns the ids of the texts of a field ('query' or 'text') as this ranker reads them."""
-        return self.maker.tokenize([self.prepared(field, text) for text in texts])
+    @property
+    def prompted(self) -> bool:
+        """Whether query and text are read within a prompt, whose positions are of a type of their own."""
+        return False
+
+    def parts(self, values: Fields, fields: Sequence[str]) -> list[tuple[str, Ragged]]:
+        """Returns field ('query', 'text', or '' for a part of a prompt) and ids of what a tower reads, part by part."""
+        return self.maker_of(fields).parts(self._prepared(values, fields))
+
+    def words_of(self, values: Fields) -> dict[str, list[Words]]:
+        """Returns the words of all texts as this ranker reads them, token by token."""
+        prompts = {field: self.prepared(field, '') for field in values}
+        return self.maker.words(self._prepared(values, tuple(values)), prompts)
 
     def prepared(self, field: str, text: str) -> str:
         """Returns what the tokenizer is given for a text of a field: the prompt before it, where there is one."""
         return self.stated_.prompt(field) + text
+
+    def _prepared(self, values: Fields, fields: Sequence[str]) -> Fields:
+        return {field: [self.prepared(field, text) for text in values[field]] for field in fields}
 
     def maker_of(self, fields: Sequence[str]) -> InputMaker:
         """Returns what makes the sequences of the tower that reads some fields."""
@@ -198,7 +215,7 @@ class Ranker(Stage):
 
     def scored(self, fields: Sequence[str], ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         """Returns 1 where a token counts when a tower is read out, from 1 where there is one; all [rows, tokens]."""
-        if len(fields) > 1:
+        if len(self.towers) == 1:
             return shown
         unscored = self.stated_.unscored(self.maker.tokenizer, fields[0], self.maker.max_length)
         return shown * (shown.cumsum(1) > unscored)
@@ -324,7 +341,10 @@ class Ranker(Stage):
         loading.check_tokenizer(tokenizer, config, self._name, pairs=len(self.towers) == 1)
         if self.stated_.lower_case:
             tokenizer = loading.in_lower_case(tokenizer)
-        return InputMaker(tokenizer, self._longest(config, tokenizer), loading.uses_segments(tokenizer, config))
+        return self._maker(tokenizer, self._longest(config, tokenizer))
+
+    def _maker(self, tokenizer: Any, longest: int) -> InputMaker:
+        return InputMaker(tokenizer, longest, loading.uses_segments(tokenizer, self.map.module.config))
 
     def _longest(self, config: Any, tokenizer: Any) -> int:
         positions = self._positions_of(config, tokenizer)

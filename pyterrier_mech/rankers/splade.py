@@ -125,7 +125,7 @@ class Splade(TwoTowers):
         )
 
     def _module(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        return loading.load_module(self._name, classifier=False, masked=True, dtype=dtype, device=device)
+        return loading.load_module(self._name, masked=True, dtype=dtype, device=device)
 
     def _load(self) -> ModelMap:
         self.stated_  # noqa: B018 - refuses what is not done here before weights are loaded

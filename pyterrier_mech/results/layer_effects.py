@@ -17,7 +17,9 @@ JOINT, SINGLE, ALL = 'patched together', 'mean of single positions', 'all'
 
 _POSITION_TYPES = 'position_types'
 # One order for the types of both schemes.
-_TYPES = 'cls query query_same query_other sep sep_first sep_last doc_match doc_same doc_query doc_other inserted'
+_TYPES = (
+    'cls query query_same query_other sep sep_first sep_last doc_match doc_same doc_query doc_other inserted prompt'
+)
 _ORDER = {kind: place for place, kind in enumerate(_TYPES.split())}
 _BLOCKS = SITES[:3]
 

@@ -109,7 +109,7 @@ def test_the_older_notation_of_poolings(bi):
 
 REFUSED = [
     (POOLING, {'pooling_mode': 'max'}, "pooling must be one of .*got 'max'"),
-    (POOLING, {'pooling_mode': 'lasttoken'}, "got 'lasttoken'"),
+    (POOLING, {'pooling_mode': ['lasttoken', 'mean']}, r"got 'lasttoken\+mean'"),
     (POOLING, {'pooling_mode': ['cls', 'mean']}, r"got 'cls\+mean'"),
     (POOLING, {'pooling_mode': None, 'pooling_mode_weightedmean_tokens': True}, "got 'pooling_mode_weightedmean"),
     (SETTINGS, {'similarity_fn_name': 'euclidean'}, "similarity must be one of .*got 'euclidean'"),
