@@ -7,6 +7,7 @@ fail with an error that `died` knows, and `restart` puts another in its place. W
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import pickle
@@ -174,8 +175,7 @@ class RayActors:
         """
         if importlib.util.find_spec('ray') is None:
             raise ImportError("engine='ray' needs Ray: run 'pip install pyterrier-mech[ray]'")
-        import ray
-
+        ray: Any = importlib.import_module('ray')
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         self._ray = ray
