@@ -180,12 +180,6 @@ class Circuit(SavedResult):
             f'found on {len(self.qids)} queries)'
         )
 
-    def _table_of(self, path: Path, name: str) -> pd.DataFrame:
-        # Circuits that were saved before there were edges have no file of them.
-        if name == 'edges' and not (path / f'{name}.parquet').exists():
-            return _edge_table(pd.DataFrame({'name': []}), set())
-        return super()._table_of(path, name)
-
 
 def _table(given: pd.DataFrame, kind: str, columns: Sequence[str]) -> pd.DataFrame:
     number = columns[1]
