@@ -87,7 +87,7 @@ def load_qrels() -> pd.DataFrame:
 def align(model, frame):
     """The pairs as token ids of equal length: what every contestant is given."""
     aligner = Aligner(model.maker)
-    ids = {name: model.tokenize('text', list(frame[name])) for name in ('query', 'text_0', 'text')}
+    ids = {name: model.maker.tokenize(list(frame[name])) for name in ('query', 'text_0', 'text')}
     rows = range(len(frame))
     return [
         aligner.align([ids['query'].row(i), ids['text_0'].row(i)], [ids['query'].row(i), ids['text'].row(i)])

@@ -58,7 +58,7 @@ def main(model: str = 'ce-minilm-l6', pairs: int = 2000, device: str = 'cpu'):
     rows = []
     for count in sorted({max(1, pairs // 20), max(1, pairs // 4), pairs}):
         frame = load_pairs(count)
-        tokens = sum(ranker.tokenize('text', list(frame['text'])).lengths)
+        tokens = sum(ranker.maker.tokenize(list(frame['text'])).lengths)
         time = seconds(lambda frame=frame: stage(frame))
         base = base or time / tokens
         rows.append(
@@ -77,7 +77,7 @@ def main(model: str = 'ce-minilm-l6', pairs: int = 2000, device: str = 'cpu'):
     rows = []
     for words in (25, 50, 100, 200):
         frame = cut_to(load_pairs(8), words)
-        n = ranker.tokenize('text', list(frame['text'])).lengths.mean() + 12
+        n = ranker.maker.tokenize(list(frame['text'])).lengths.mean() + 12
         time = seconds(lambda frame=frame: stage(frame)) / 8
         rows.append(
             {
@@ -95,7 +95,7 @@ def main(model: str = 'ce-minilm-l6', pairs: int = 2000, device: str = 'cpu'):
         toy = PatchHeads(synthetic(layers, heads, d))
         toy(frame.iloc[:1])
         time = seconds(lambda toy=toy: toy(frame)) / 4
-        n = toy.model.tokenize('text', list(frame['text'])).lengths.mean() + 12
+        n = toy.model.maker.tokenize(list(frame['text'])).lengths.mean() + 12
         needed = flops(layers, heads, d, 4 * d, n)
         rows.append(
             {
