@@ -161,7 +161,7 @@ def test_hidden_fillers_leave_the_plain_scores(make, edited):
 def test_the_sum_over_tokens_equals_hooks():
     expected = by_hooks(late.toy_splade(pooling='sum'), 'text')
     res = PatchHeads(late.toy_splade(pooling='sum'))(frame())
-    # Effects are differences of scores, which are near 600,000 here: float64 has ten digits behind the point less.
+    # Effects are differences of scores near 600,000 here, so rounding shows at 1e-9.
     largest = np.abs(res[['score_original', 'score_perturbed']].to_numpy()).max()
     np.testing.assert_allclose(effects_of(res), expected, atol=1e-13 * largest, rtol=1e-12)
 
