@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from pyterrier_mech.circuits.shares import EXPECTED, FLOWS, REPEATED, SHARE, WORD_FLOWS, named
+from pyterrier_mech.circuits.shares import EXPECTED, FLOWS, MODEL, REPEATED, SHARE, WORD_FLOWS, named
 from pyterrier_mech.evaluation.bootstrap import check_interval, ratio_of_sums
 from pyterrier_mech.units import head
 
@@ -232,6 +232,12 @@ def _need(frame: pd.DataFrame, columns: list[str]) -> None:
     if missing or not len(frame):
         what = f'The frame has no {missing[0]!r}' if missing else 'The frame has no rows'
         raise ValueError(f'{what}: pass what AttentionShares(model) returned for at least one pair.')
+    if MODEL in frame.columns and frame[MODEL].nunique(dropna=False) > 1:
+        several = frame[MODEL].unique().tolist()
+        raise ValueError(
+            f'the rows are of {len(several)} rankers ({several[0]} and {several[1]}), which must not be mixed: keep '
+            f'those of one, frame[frame[{MODEL!r}] == …]'
+        )
 
 
 def _sums(frame: pd.DataFrame, flows: list[str], tower: str | None) -> dict[str, np.ndarray]:

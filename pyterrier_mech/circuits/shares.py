@@ -20,6 +20,7 @@ from pyterrier_mech.inputs.alignment import LITERATURE, MASK_FILLER, PROMPT
 from pyterrier_mech.inputs.batching import in_batches
 from pyterrier_mech.inputs.inputs import ORIGINAL, PERTURBED, Inputs
 from pyterrier_mech.patch.engine import traced
+from pyterrier_mech.provenance import noted
 from pyterrier_mech.rankers.ranker import as_numpy
 from pyterrier_mech.stage import Keeping, ModelStage
 from pyterrier_mech.units import HEADS, Site
@@ -27,6 +28,8 @@ from pyterrier_mech.units import HEADS, Site
 WORD_FLOWS = ('query_to_query', 'document_to_document', 'query_to_document', 'document_to_query')
 FLOWS = (*WORD_FLOWS, 'to_cls', 'to_sep', 'special_to_words')
 SHARE, EXPECTED, REPEATED = 'attention.', 'expected.', 'repeated'
+MODEL = 'attention_model'
+"""Column that says which ranker was looked into, so that rows of two are not put together."""
 
 _SAME = ('same_word', 'same_piece')
 _SIDES = {'query': 'query', 'text': 'document'}
@@ -47,7 +50,8 @@ class AttentionShares(Keeping, ModelStage):
     **Output columns**: the same and for each flow `attention.{flow}`, an array [layers, heads] a row (NaN where a layer
     has fewer heads than the widest), and `expected.{flow}`, the share that attention spread evenly over all tokens
     would have. Flows: `query_to_query`, `document_to_document`, `query_to_document`, `document_to_query`, `to_cls`,
-    `to_sep`, `special_to_words`. The ranking is kept.
+    `to_sep`, `special_to_words`. `attention_model` says which ranker it was: `head_roles` refuses a mixture. The
+    ranking is kept.
 
     *Parts of flows*, in the same two columns: `{flow}.same_word` is what a flow between words gives to the same word
     at another place, and `{flow}.same_piece` what it gives to the same word piece, in whichever other word;
@@ -92,6 +96,7 @@ class AttentionShares(Keeping, ModelStage):
             columns |= self._measured(_Everything(inputs, tower))
             if pairs is not None:
                 columns |= self._measured(_Edits(pairs, tower))
+        columns[MODEL] = np.full(len(inp), noted(self.model), dtype=object)
         return with_columns(inp, columns | ({} if pairs is None else aligned_column(pairs)))
 
     def _empty(self, edited: bool) -> dict[str, Any]:
@@ -102,7 +107,8 @@ class AttentionShares(Keeping, ModelStage):
                 columns |= {named(SHARE + flow, tower): np.zeros(0, dtype=object) for flow in flows}
                 columns |= {named(EXPECTED + flow, tower): np.zeros(0) for flow in flows}
                 columns |= {named(REPEATED, tower): np.zeros(0)} if 'to_cls' in flows else {}
-        return columns | ({ALIGNED: np.zeros(0, dtype=object)} if edited else {})
+        empty = np.zeros(0, dtype=object)
+        return columns | {MODEL: empty} | ({ALIGNED: empty} if edited else {})
 
     def _measured(self, layout: _Layout) -> dict[str, Any]:
         """Returns the columns of one tower."""
@@ -178,9 +184,9 @@ class _Everything:
         """Groups are query, document, CLS and separators; parts are same words and same pieces."""
         tower = self.inputs.towers[self.tower]
         kinds = np.asarray([_group(_plain(kind)) for kind in tower.types(row, inserted=False, scheme='literature')])
-        assert tower.words is not None
-        words = np.asarray(tower.words.of(tower, row), dtype=object)
-        owners, _ = pd.factorize(pd.Series(tower.words.instances(tower, row), dtype=object))
+        known: Any = tower.words  # made with the types
+        words = np.asarray(known.of(tower, row), dtype=object)
+        owners, _ = pd.factorize(pd.Series(known.instances(tower, row), dtype=object))
         apart = (owners[:, None] != owners) & (words != '')[:, None] & (words != '')
         pieces = tower.ids(row)
         same = np.stack([apart & (words[:, None] == words), apart & (pieces[:, None] == pieces)])

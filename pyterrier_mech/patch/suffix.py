@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -68,8 +69,7 @@ class Suffix:
         for index, (layer, context) in enumerate(zip(model.layers, base.contexts, strict=True)):
             if id(context.mask) not in masks:
                 masks[id(context.mask)] = self._mask(layer, context, base.batch.shape)
-            cos_sin = context.rotary
-            assert cos_sin is not None  # all described decoders have rotary positions
+            cos_sin: Any = context.rotary  # all described decoders have rotary positions
             whole = [part.expand(len(rows), *part.shape[1:]) for part in cos_sin]
             past = None
             if self.before:
@@ -81,8 +81,7 @@ class Suffix:
     def _mask(self, layer: Layer, context: Context, shape: tuple[int, int]) -> torch.Tensor:
         """Returns the mask [pairs, 1, width, before + width] of these tokens."""
         rows, places = self._places
-        mask = layer.mask(context, shape[1], self.start.device)
-        assert mask is not None
+        mask: Any = layer.mask(context, shape[1], self.start.device)  # a causal layer has one
         mask = mask.expand(shape[0], *mask.shape[1:])[rows, :, places].transpose(1, 2)
         own = mask.gather(-1, places[:, None, None, :].expand(*mask.shape[:-1], -1))
         # Of a pair that begins earlier than others, tokens of its own would stand among the earlier ones.
@@ -127,7 +126,6 @@ def _first_changed(base: Run, targets: Values, variants: Sequence[Variant]) -> t
                 seen[variant.site] = (targets[variant.site] != base.values[variant.site]).any(-1)
             there = seen[variant.site]
         else:
-            there = torch.ones_like(changed)
             width = variant.value.shape[-1]
             number = variant.unit or 0
             own = base.values[variant.site][..., number * width : (number + 1) * width]

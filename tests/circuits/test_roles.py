@@ -274,7 +274,7 @@ def test_rows_of_several_rankers_and_of_csv_are_refused():
     models = [toy_cross_encoder('bert'), with_heads(toy_cross_encoder('bert', fresh=True), 0, [1])]
     shares = [AttentionShares(model)(frame_of(4)) for model in models]
     with pytest.raises(ValueError, match='of different heads: keep those of one ranker'):
-        head_roles(pd.concat(shares))
+        head_roles(pd.concat(shares).drop(columns='attention_model'))
     with pytest.raises(ValueError, match='arrays do not survive CSV, write_frame'):
         head_roles(shares[0].map(lambda cell: str(cell) if isinstance(cell, np.ndarray) else cell))
 
@@ -284,3 +284,12 @@ def test_roles_need_the_shares(of_built):
         head_roles(rows())
     with pytest.raises(ValueError, match='The frame has no rows'):
         head_roles(of_built.iloc[:0])
+
+
+def test_rows_of_two_rankers_are_not_put_together():
+    """Two rankers of one shape: their heads have the same names, and nothing in common."""
+    one, other = (AttentionShares(toy_cross_encoder('bert', seed=seed))(frame_of(4)) for seed in (1, 2))
+    again = AttentionShares(toy_cross_encoder('bert', seed=1))(frame_of(4))
+    assert len(head_roles(pd.concat([one, again]))) == len(head_roles(one))
+    with pytest.raises(ValueError, match='the rows are of 2 rankers'):
+        head_roles(pd.concat([one, other]))
